@@ -1,0 +1,72 @@
+# make demo    sets up a virtual environment and runs the main job
+# make test    sets one up and passes the tests
+# Variables: PYTHON (3.10 or newer), VENV, TORCH (what pip is asked for), TORCH_INDEX (an index URL for torch alone, such
+# as PyTorch's own CPU index; empty: pip's configured index, which works everywhere but may bring a CUDA build).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+BIN = $(VENV)/bin
+WHEEL_VENV = .venv-wheel
+SOURCES = wsync bench tests examples setup.py
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record dist clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*.cpp csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/wsync bench e2e --preset tiny
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not deep and not gpu" $(PYTEST_ARGS)
+
+test-deep: setup
+	WSYNC_DEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+test-gpu: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu $(PYTEST_ARGS)
+
+# The wheel, installed beside (not instead of) the checkout's environment; its dependencies come from there.
+test-wheel: dist
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(WHEEL_VENV)/dependencies.txt
+	cp $(WHEEL_VENV)/dependencies.txt $$($(WHEEL_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/dependencies.pth
+	$(WHEEL_VENV)/bin/pip install --quiet --no-deps --no-index dist/*.whl
+	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider \
+	  -m "not deep and not gpu and not multiproc" $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: setup
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+bench: setup
+	$(BIN)/pytest bench --benchmark-only $(PYTEST_ARGS)
+
+# The record that the README's and the docs' tables come from.
+record: setup
+	$(BIN)/wsync bench e2e --preset qwen3-0.6b --json bench/records/e2e_qwen3_0.6b.json --chart docs/e2e_qwen3_0.6b.png
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info $(WHEEL_VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,76 @@
+// The inner loops, once for each instruction set. Everything above them is plain C++ and the same for all sets; a
+// scalar twin gives the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace wsync {
+
+// Columns of a tile are cut into at most this many scale blocks; a tile of bf16 (256 KiB) stays in the L2 cache.
+constexpr int kTileBlocks = 8;
+constexpr int kTileRows = 128;
+constexpr int kTileCols = kTileBlocks * 128;
+
+// The columns of a tile: block b holds columns [begin[b], begin[b + 1]).
+struct TileCols {
+  int num_blocks;
+  int begin[kTileBlocks + 1];
+  int cols() const { return begin[num_blocks]; }
+};
+
+// Where a tile's quantised rows go and how they are counted. With `counted`, every row and block starts on an 8-byte
+// word and `first_word` is the key index of the tile's first word.
+struct TileSink {
+  uint8_t* dst;
+  int64_t dst_stride;  // bytes
+  uint64_t first_word;
+  uint64_t words_per_row;
+  bool counted;
+  // The source of the tile that comes next, fetched into the L2 cache meanwhile: the memory would idle otherwise.
+  const uint8_t* ahead;
+  int64_t ahead_stride;  // bytes
+  int ahead_block_bytes;  // of one row of one block; 0: nothing to fetch
+};
+
+struct Kernels {
+  // Contiguous bytes. The digest counts from first_word and pads a last partial word with zeros.
+  uint64_t (*digest)(const void* src, size_t nbytes, uint64_t first_word);
+  uint64_t (*copy)(void* dst, const void* src, size_t nbytes, uint64_t first_word);
+
+  // n values to bf16 with digest; *max_bits becomes the maximum of itself and the f32 bits of every |value|.
+  uint64_t (*copy_bf16)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+  uint64_t (*round_bf16)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+
+  // Pass 1 of quantising: rows of contiguous values into a tile of kTileCols per row, and for each block the f32 bits
+  // of the largest |value| (max_bits[b], overwritten). A null tile only takes the maximum. row_stride in elements.
+  void (*load_bf16)(uint16_t* tile, const uint16_t* src, int64_t row_stride, int rows, const TileCols&,
+                    uint32_t* max_bits);
+  void (*load_f32_round)(uint16_t* tile, const float* src, int64_t row_stride, int rows, const TileCols&,
+                         uint32_t* max_bits);
+  void (*load_f32)(float* tile, const float* src, int64_t row_stride, int rows, const TileCols&, uint32_t* max_bits);
+
+  // Pass 2: q = rne_e4m3(value * (1 / scale[b])), the reciprocal in f32. quantise_f32 takes anything and saturates at
+  // 448; the other two work in 16-bit integers and need |value| * (1 / scale[b]) <= 448 (1 + 2^-20), and quantise_pow2
+  // needs powers of two with exponent bits in [kPow2MinExponent, kPow2MaxExponent].
+  uint64_t (*quantise_pow2)(const uint16_t* tile, int rows, const TileCols&, const float* scale, const TileSink&);
+  uint64_t (*quantise_bf16)(const uint16_t* tile, int rows, const TileCols&, const float* scale, const TileSink&);
+  uint64_t (*quantise_f32)(const float* tile, int rows, const TileCols&, const float* scale, const TileSink&);
+
+  // Orders non-temporal stores before whatever tells another thread or process that the bytes are there.
+  void (*fence)();
+};
+
+constexpr uint32_t kPow2MinExponent = 16;
+constexpr uint32_t kPow2MaxExponent = 254;
+
+const Kernels& kernels_for(Isa isa);
+
+const Kernels& scalar_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+#endif
+
+}  // namespace wsync

@@ -1,0 +1,113 @@
+"""What users of the command line rely on."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from wsync import __version__
+from wsync.cli.main import build_parser, main
+
+OPTIONS = {
+    "wsync": {"--help", "-h", "--version", "--debug"},
+    "wsync bench": {"--help", "-h"},
+    "wsync bench e2e": {
+        "--help",
+        "-h",
+        "--preset",
+        "--config",
+        "--trainers",
+        "--engines",
+        "--recipes",
+        "--baselines",
+        "--repeats",
+        "--transport",
+        "--quantise-on",
+        "--workdir",
+        "--json",
+        "--chart",
+        "--trace",
+        "--deadline",
+        "--fault",
+    },
+    "wsync doctor": {"--help", "-h", "--json"},
+    "wsync keygen": {"--help", "-h"},
+}
+"""Frozen: an option may be added here on purpose, and never be taken away."""
+
+
+def options_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    found = {parser.prog: {text for action in parser._actions for text in action.option_strings}}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                found.update(options_of(child))
+    return found
+
+
+def test_no_option_comes_or_goes_by_accident():
+    assert options_of(build_parser()) == OPTIONS
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["bench", "--help"], ["bench", "e2e", "--help"], ["doctor", "--help"]])
+def test_help_works_without_importing_torch(argv):
+    code = (
+        "import sys\n"
+        "from wsync.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as e:\n    sys.exit(e.code or ('torch' in sys.modules) or ('transformers' in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: wsync" in done.stdout
+
+
+def test_help_lists_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "exit status" in text
+    assert "--fault" not in text
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--version"])
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f"wsync {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["bench", "e2e", "--recipes", "fp9"], "'fp9' is unknown; known are bf16"),
+        (["bench", "e2e", "--baselines", "floppy"], "'floppy' is unknown; known are disk"),
+        (["bench", "e2e", "--trainers", "0"], "--trainers is 0"),
+        (["bench", "e2e", "--deadline", "-1"], "--deadline is -1"),
+        (["bench", "e2e", "--config", "/nowhere/config.json"], "cannot be read: No such file"),
+        (["bench", "e2e", "--workdir", "/nowhere"], "/nowhere is not a folder"),
+        (["bench", "e2e", "--json", "/nowhere/r.json"], "--json /nowhere/r.json: the folder /nowhere does not exist"),
+        (["bench", "e2e", "--chart", "/nowhere/r.png"], "--chart"),
+    ],
+)
+def test_mistakes_are_named_on_stderr_without_a_traceback(argv, words, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert words in captured.err.replace("\n", " ")
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("argv", [[], ["bench"], ["fly"], ["bench", "e2e", "--repeat", "3"], ["doctor", "--wings"]])
+def test_usage_errors_end_with_status_two(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_debug_shows_where_an_error_comes_from():
+    with pytest.raises(ValueError, match="fp9"):
+        main(["--debug", "bench", "e2e", "--recipes", "fp9"])

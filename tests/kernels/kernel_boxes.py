@@ -1,0 +1,100 @@
+"""Boxes of tensors as descriptors, for the tests of the kernels. Sources are torch tensors of any strides."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsync.kernels import best_isa
+from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, SRC_BF16, SRC_BYTES, SRC_F16, SRC_F32, UNPACK_DESC
+
+ISAS = ("scalar", "avx2") if best_isa() == "avx2" else ("scalar",)
+
+SRC_OF = {torch.bfloat16: SRC_BF16, torch.float32: SRC_F32, torch.float16: SRC_F16}
+
+
+def four(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    return (fill,) * (4 - len(values)) + tuple(values)
+
+
+def pack_desc(
+    box: Tensor,
+    op: int,
+    *,
+    dst_offset: int = 0,
+    wire_word: int = 0,
+    scales: Tensor | None = None,
+    phase: tuple[int, int] = (0, 0),
+    src_dtype: int | None = None,
+    piece_idx: int = 0,
+) -> np.ndarray:
+    desc = np.zeros(1, PACK_DESC)
+    desc["src"] = box.data_ptr()
+    desc["src_stride"] = four(box.stride(), 0)
+    desc["extent"] = four(tuple(box.shape), 1)
+    desc["dst_offset"] = dst_offset
+    desc["wire_word"] = wire_word
+    if scales is not None:
+        desc["scales"] = scales.data_ptr()
+        desc["scale_stride"] = scales.stride(0)
+    desc["row_phase"], desc["col_phase"] = phase
+    desc["op"] = op
+    desc["src_dtype"] = SRC_OF.get(box.dtype, SRC_BYTES) if src_dtype is None else src_dtype
+    desc["elem_bytes"] = box.element_size()
+    desc["piece_idx"] = piece_idx
+    return desc
+
+
+def unpack_desc(box: Tensor, *, src_offset: int = 0, wire_word: int = 0, piece_idx: int = 0) -> np.ndarray:
+    desc = np.zeros(1, UNPACK_DESC)
+    desc["dst"] = box.data_ptr()
+    desc["dst_stride"] = four(box.stride(), 0)
+    desc["extent"] = four(tuple(box.shape), 1)
+    desc["src_offset"] = src_offset
+    desc["wire_word"] = wire_word
+    desc["elem_bytes"] = box.element_size()
+    desc["piece_idx"] = piece_idx
+    return desc
+
+
+def amax_desc(box: Tensor, amax: Tensor, scales: Tensor, phase: tuple[int, int], recipe_op: int) -> np.ndarray:
+    """``amax`` and ``scales`` are the parts of the grids that begin at the box's first block."""
+    desc = np.zeros(1, AMAX_DESC)
+    desc["src"] = box.data_ptr()
+    desc["src_stride"] = box.stride()
+    desc["extent"] = tuple(box.shape)
+    desc["amax"] = amax.data_ptr()
+    desc["amax_stride"] = amax.stride(0)
+    desc["scales"] = scales.data_ptr()
+    desc["scale_stride"] = scales.stride(0)
+    desc["row_phase"], desc["col_phase"] = phase
+    desc["src_dtype"] = SRC_OF[box.dtype]
+    desc["recipe_op"] = recipe_op
+    return desc
+
+
+def bucket(nbytes: int, fill: int = 0) -> np.ndarray:
+    """A bucket whose first byte is 64-byte aligned, as staging memory is."""
+    raw = np.full(nbytes + 64, fill, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's elements in row-major order, as bytes."""
+    packed = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    packed.view(tensor.shape).copy_(tensor)
+    return packed.view(torch.uint8).numpy()
+
+
+def finite_bf16(rng: np.random.Generator, shape: tuple[int, ...], style: str = "normal") -> Tensor:
+    """bf16 values: ``normal`` weights, ``wild`` bit patterns of any exponent, ``sparse`` with zeros of both signs."""
+    if style == "wild":
+        bits = rng.integers(0, 0x7F80, size=shape) | (rng.integers(0, 2, size=shape) << 15)
+    else:
+        values = rng.standard_normal(shape).astype(np.float32) * np.float32(0.02)
+        bits = values.view(np.uint32) >> 16
+        if style == "sparse":
+            bits = np.where(rng.random(shape) < 0.7, bits & 0x8000, bits)
+    return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)

@@ -1,0 +1,122 @@
+"""`wsync.quantize` and `wsync.dequantize`: whole weights, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_boxes import raw_bytes
+
+from wsync.errors import ConfigError, DtypeMismatchError, NonFiniteError, RecipeError
+from wsync.formats import decode_e4m3
+from wsync.kernels import dequantize, quantize
+from wsync.spec.recipes import RECIPES, recipe_parts
+
+ROUNDING = ("bf16", "fp8_block128", "fp8_block128_f32")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return (torch.from_numpy(np.random.default_rng(1).standard_normal(shape).astype(np.float32)) * 0.02).to(dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(raw_bytes(a), raw_bytes(b))
+
+
+@pytest.mark.parametrize("recipe", ROUNDING)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(300, 260), (128, 128), (3, 130, 140), (2, 2, 64, 50), (1, 7), (0, 16), (2, 0, 4)])
+def test_every_backend_gives_the_same_bits(recipe, dtype, shape):
+    weight = weight_of(shape, dtype)
+    reference = quantize(weight, recipe, "reference")
+    for backend in ("cpu", "auto"):
+        parts = quantize(weight, recipe, backend)
+        assert list(parts) == list(reference)
+        assert all(same_bits(parts[name], reference[name]) for name in parts)
+
+
+@pytest.mark.parametrize("recipe", ROUNDING)
+def test_strided_weights_are_quantized_where_they_lie(recipe):
+    storage = weight_of((3, 200, 300), torch.bfloat16)
+    views = (
+        storage[:, ::2, 5:],
+        storage.transpose(1, 2),
+        storage[1:, 3:, ::3],
+        storage.permute(2, 0, 1),
+        storage[1].t(),
+    )
+    for view in views:
+        expected = quantize(view.contiguous(), recipe, "reference")
+        got = quantize(view, recipe, "cpu")
+        assert all(same_bits(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_parts_have_the_names_dtypes_and_shapes_that_the_recipe_declares(recipe):
+    weight = weight_of((3, 130, 140), torch.bfloat16)
+    parts = quantize(weight, recipe)
+    declared = recipe_parts("weight", tuple(weight.shape), "bfloat16", recipe)
+    assert {n: (str(p.dtype).removeprefix("torch."), tuple(p.shape)) for n, p in parts.items()} == {
+        part.name: (part.dtype, part.shape) for part in declared
+    }
+    assert dequantize(parts, recipe, torch.bfloat16).shape == weight.shape
+
+
+@pytest.mark.parametrize("recipe", ["fp8_block128", "fp8_block128_f32"])
+def test_dequantized_weights_are_within_half_a_step(recipe):
+    weight = weight_of((300, 260), torch.float32)
+    parts = quantize(weight, recipe)
+    back = dequantize(parts, recipe)
+    scale = parts["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :260]
+    half_step = torch.maximum(weight.abs() * 2.0**-4, scale * 2.0**-10)
+    assert bool(((back - weight).abs() <= half_step * (1 + 1e-6)).all())
+    assert torch.equal(back, decode_e4m3(parts["weight"]) * scale)
+
+
+def test_arrays_and_dlpack_objects_are_taken_as_tensors_are():
+    weight = weight_of((40, 50), torch.float32)
+    read_only = weight.numpy().copy()
+    read_only.flags.writeable = False
+
+    class Exported:
+        def __dlpack__(self, **kwargs):
+            return weight.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return weight.__dlpack_device__()
+
+    expected = quantize(weight, "fp8_block128")
+    for given in (weight.numpy(), read_only, Exported(), torch.nn.Parameter(weight)):
+        got = quantize(given, "fp8_block128")
+        assert all(same_bits(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("recipe", ROUNDING)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_weight_is_refused_with_its_first_index(backend, recipe, value):
+    weight = weight_of((2, 3, 150, 140), torch.bfloat16)
+    weight[1, 2, 130, 7] = value
+    weight[1, 0, 149, 139] = value
+    with pytest.raises(NonFiniteError) as caught:
+        quantize(weight, recipe, backend)
+    assert "(1, 0, 149, 139)" in str(caught.value)
+    assert str(value) in str(caught.value)
+
+
+def test_what_a_recipe_cannot_encode_is_refused_by_name():
+    with pytest.raises(RecipeError, match="'int7'"):
+        quantize(torch.zeros(4, 4), "int7")
+    with pytest.raises(RecipeError, match=r"\(4,\)"):
+        quantize(torch.zeros(4), "fp8_block128")
+    with pytest.raises(DtypeMismatchError, match="float64"):
+        quantize(torch.zeros(4, 4, dtype=torch.float64), "bf16")
+    with pytest.raises(DtypeMismatchError, match="list"):
+        quantize([1.0], "bf16")
+    with pytest.raises(ConfigError, match="'gpu' is unknown"):
+        quantize(torch.zeros(4, 4), "bf16", "gpu")
+    with pytest.raises(ConfigError, match="meta"):
+        quantize(torch.zeros(4, 4, device="meta"), "bf16")
+    with pytest.raises(RecipeError, match="weight_scale_inv"):
+        dequantize({"weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, "fp8_block128")

@@ -1,0 +1,314 @@
+"""Plans run on plain arrays: every byte that is needed arrives, once, with the right value, on the right road."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsync.plan import make_plan, plan_digest
+from wsync.plan.types import ALIGNMENT, MODE_FUSED, MODE_SCALED, SOURCE, Plan
+from wsync.spec.box import Box, contiguous_strides
+from wsync.spec.cluster import Cluster, Link, Nic, NodeGroup
+from wsync.spec.dtypes import itemsize
+from wsync.spec.recipes import get_recipe, recipe_parts
+from wsync.spec.serde import decode, encode
+from wsync.testing.generators import Scenario, random_scenario
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def at(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))
+
+
+def blocks_of(box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Scale row and column of every element of a matrix, by its global index."""
+    rows = np.arange(box.offset[-2], box.end[-2])[:, None] // 128
+    cols = np.arange(box.offset[-1], box.end[-1])[None, :] // 128
+    return np.broadcast_arrays(rows, cols)
+
+
+def block_amax(values: np.ndarray, box: Box, grid: np.ndarray) -> None:
+    """Raise every cell of ``grid`` to the largest magnitude of ``values`` (which lie at ``box``) in its block."""
+    rows, cols = blocks_of(box)
+    for i in np.ndindex(values.shape[:-2]):
+        cell = tuple(o + k for o, k in zip(box.offset, i, strict=False))
+        np.maximum.at(grid[cell], (rows, cols), np.abs(values[i]))
+
+
+def encode_box(part, values: np.ndarray, box: Box, scales: np.ndarray | None) -> np.ndarray:
+    """Wire bytes of a box, of shape ``[*box.shape, elem_bytes]``. A stand-in: what counts is who knows which amax."""
+    if part.recipe in ("raw", "bf16"):
+        wide = values.astype(np.float64 if itemsize(part.dtype) == 8 else np.float32)
+        raw = np.ascontiguousarray(wide).reshape(-1).view(np.uint8).reshape(*values.shape, -1)
+        return raw[..., -itemsize(part.dtype) :]
+    rows, cols = blocks_of(box)
+    index = np.ix_(*(range(o, e) for o, e in zip(box.offset[:-2], box.end[:-2], strict=True)))
+    scale = scales[index][..., rows, cols] if len(box.shape) > 2 else scales[rows, cols]
+    return np.round(values.astype(np.float64) / scale * 100 + 100).astype(np.uint8)[..., None]
+
+
+def whole_parts(tensor, values, recipe: str) -> dict[str, np.ndarray]:
+    """Every part of a tensor, quantised in one go."""
+    parts = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
+    wire = [type("P", (), {"recipe": recipe, "dtype": p.dtype}) for p in parts]
+    whole = Box.whole(tensor.shape)
+    if len(parts) == 1:
+        return {"weight": encode_box(wire[0], values, whole, None)}
+    grid = np.zeros(parts[1].shape, np.float32)
+    block_amax(values, whole, grid)
+    return {
+        "weight": encode_box(wire[0], values, whole, grid),
+        "scale": grid.view(np.uint8).reshape(*grid.shape, 4),
+    }
+
+
+class Run:
+    """Executes a plan and counts what moves."""
+
+    def __init__(self, scenario: Scenario, plan: Plan, seed: int) -> None:
+        self.scenario, self.plan = scenario, plan
+        rng = np.random.default_rng(seed)
+        self.values = [
+            rng.integers(1, 1000, t.shape).astype(np.float32) / np.float32(rng.integers(1, 9))
+            for t in scenario.source.tensors
+        ]
+        ranks = scenario.sink.ranks
+        self.memory = [[np.zeros((s.num_elements, itemsize(s.dtype)), np.uint8) for s in r.storages] for r in ranks]
+        self.writes = [[np.zeros(s.num_elements, np.int64) for s in r.storages] for r in ranks]
+        hosts = list(dict.fromkeys([i.host for i in scenario.source.ranks] + [r.info.host for r in ranks]))
+        self.source_node = [hosts.index(i.host) for i in scenario.source.ranks]
+        self.sink_node = [hosts.index(r.info.host) for r in ranks]
+        self.entered = [[np.zeros(p.shape, np.int64) for p in plan.parts] for _ in hosts]
+        self.tables: dict = {}
+
+    def shard(self, rank: int, part, shard_idx: int, box: Box) -> np.ndarray:
+        """Values of a box, through the shard that is said to hold it."""
+        held = self.scenario.source.shards[part.tensor_idx][rank][shard_idx]
+        assert held.contains(box)
+        return self.values[part.tensor_idx][at(box)]
+
+    def table(self, rank: int, part) -> np.ndarray:
+        key = (rank, part.tensor_idx, part.recipe)
+        if key not in self.tables:
+            tensor = self.scenario.source.tensors[part.tensor_idx]
+            grid = recipe_parts(tensor.name, tensor.shape, tensor.dtype, part.recipe)[1].shape
+            self.tables[key] = np.full(grid, np.nan, np.float32)
+        return self.tables[key]
+
+    def exchange(self) -> None:
+        plan = self.plan
+        vector = np.zeros(plan.amax_elements, np.float32)
+        for rank, regions in enumerate(plan.amax_regions):
+            for region in regions:
+                part = plan.parts[region.part_idx]
+                grid = self.grid_of(vector, region, rank, part)
+                block_amax(self.shard(rank, part, region.shard_idx, region.box), region.box, grid)
+        for rank, regions in enumerate(plan.amax_regions):
+            for region in regions:
+                part = plan.parts[region.part_idx]
+                touched = np.zeros(self.table(rank, part).shape, np.float32)
+                block_amax(np.ones(region.box.shape), region.box, touched)
+                table, grid = self.table(rank, part), self.grid_of(vector, region, rank, part)
+                table[touched > 0] = grid[touched > 0]
+
+    def grid_of(self, vector, region, rank, part) -> np.ndarray:
+        shape = self.table(rank, part).shape
+        return vector[region.grid_offset : region.grid_offset + int(np.prod(shape))].reshape(shape)
+
+    def pack(self, bucket) -> list[np.ndarray]:
+        out = []
+        for piece in bucket.pieces:
+            part = self.plan.parts[piece.part_idx]
+            if part.role == "scale":
+                cells = self.table(bucket.src_rank, part)[at(piece.box)]
+                assert not np.isnan(cells).any(), f"{part.name}: the sender does not know the scales of {piece.box}"
+                out.append(np.ascontiguousarray(cells).view(np.uint8).reshape(*cells.shape, 4))
+                continue
+            values = self.shard(bucket.src_rank, part, piece.shard_idx, piece.box)
+            scales = self.table(bucket.src_rank, part) if get_recipe(part.recipe).quantised else None
+            if piece.mode == MODE_FUSED:
+                local = np.zeros(scales.shape, np.float32)
+                block_amax(values, piece.box, local)
+                scales[local > 0] = local[local > 0]
+                scales = local
+            out.append(encode_box(part, values, piece.box, scales))
+        return out
+
+    def deliver(self, bucket, wire: list[np.ndarray]) -> None:
+        has = {SOURCE}
+        for src, dst in bucket.hops:
+            assert src in has
+            assert dst not in has
+            has.add(dst)
+            node = self.source_node[bucket.src_rank] if src == SOURCE else self.sink_node[src]
+            if self.sink_node[dst] != node:
+                assert src == SOURCE
+                for piece in bucket.pieces:
+                    self.entered[self.sink_node[dst]][piece.part_idx][at(piece.box)] += 1
+        assert has - {SOURCE} == set(bucket.sinks)
+        for sink_idx in bucket.sinks:
+            for piece, data in zip(bucket.pieces, wire, strict=True):
+                assert data.nbytes == piece.nbytes
+                self.install(sink_idx, piece, data)
+
+    def install(self, sink_idx: int, piece, data: np.ndarray) -> None:
+        rank = self.scenario.sink.ranks[sink_idx]
+        names = {t.name: t.alias_of or t.name for t in self.scenario.source.tensors}
+        part = self.plan.parts[piece.part_idx]
+        target = self.scenario.source.tensors[part.tensor_idx].name
+        taken = 0
+        for copy in rank.copies:
+            same = (names[copy.tensor], rank.recipes[copy.tensor], copy.role) == (target, part.recipe, part.role)
+            if same and copy.box.contains(piece.box):
+                index = self.elements(copy, piece.box)
+                self.memory[sink_idx][copy.storage_idx][index] = data
+                self.writes[sink_idx][copy.storage_idx][index] += 1
+                taken += 1
+        assert taken, f"sink {sink_idx} receives bytes of {part.name} that it does not need"
+
+    @staticmethod
+    def elements(copy, box: Box) -> np.ndarray:
+        """Storage elements of a box of a copy."""
+        out = np.full(box.shape, copy.dst_offset)
+        for dim, stride in enumerate(copy.dst_strides):
+            steps = np.arange(box.offset[dim], box.end[dim]) - copy.box.offset[dim]
+            out = out + (steps * stride).reshape([-1 if d == dim else 1 for d in range(len(box.shape))])
+        return out
+
+    def check_memory(self) -> None:
+        expected: dict = {}
+        by_name = {t.name: i for i, t in enumerate(self.scenario.source.tensors)}
+        for sink_idx, rank in enumerate(self.scenario.sink.ranks):
+            for copy in rank.copies:
+                tensor = self.scenario.source.tensors[by_name[copy.tensor]]
+                idx = by_name[tensor.alias_of or tensor.name]
+                key = (idx, rank.recipes[copy.tensor])
+                if key not in expected:
+                    expected[key] = whole_parts(tensor, self.values[idx], key[1])
+                index = self.elements(copy, copy.box)
+                got = self.memory[sink_idx][copy.storage_idx][index]
+                np.testing.assert_array_equal(got, expected[key][copy.role][at(copy.box)])
+                writes = self.writes[sink_idx][copy.storage_idx]
+                assert (writes[index] == 1).all()
+                writes[index] = 0
+        assert all((w == 0).all() for per_rank in self.writes for w in per_rank), "bytes were written beside the copies"
+
+    def check_nodes(self) -> None:
+        for node, per_part in enumerate(self.entered):
+            for part, entered in zip(self.plan.parts, per_part, strict=True):
+                assert entered.max(initial=0) <= 1, f"{part.name} enters node {node} more than once"
+                if part.role == "weight":
+                    for rank, boxes in enumerate(self.scenario.source.shards[part.tensor_idx]):
+                        for box in boxes if self.source_node[rank] == node else ():
+                            assert not entered[at(box)].any(), f"{part.name} enters node {node}, which holds it"
+
+
+def run_plan(scenario: Scenario, seed: int = 0) -> tuple[Plan, Run]:
+    plan = make_plan(scenario.source, scenario.sink, None, scenario.options)
+    run = Run(scenario, plan, seed)
+    run.exchange()
+    packed: dict[int, list] = {}
+    for stage in (0, 1):
+        for bucket in plan.buckets:
+            if bucket.stage == stage:
+                packed[bucket.bucket_idx] = run.pack(bucket)
+    for bucket in plan.buckets:
+        run.deliver(bucket, packed[bucket.bucket_idx])
+    return plan, run
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEEDS)
+def test_every_needed_byte_arrives_once_with_its_value_and_enters_each_node_once(seed):
+    _, run = run_plan(random_scenario(random.Random(seed)), seed)
+    run.check_memory()
+    run.check_nodes()
+
+
+@pytest.mark.deep
+@settings(max_examples=3000, deadline=None)
+@given(SEEDS)
+def test_every_needed_byte_arrives_for_many_more_manifests(seed):
+    _, run = run_plan(random_scenario(random.Random(seed), max_tensors=8), seed)
+    run.check_memory()
+    run.check_nodes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS)
+def test_buckets_keep_their_promises(seed):
+    scenario = random_scenario(random.Random(seed))
+    plan = make_plan(scenario.source, scenario.sink, None, scenario.options)
+    assert [b.bucket_idx for b in plan.buckets] == list(range(len(plan.buckets)))
+    stages = [b.stage for b in plan.buckets]
+    assert stages == sorted(stages)
+    for bucket in plan.buckets:
+        assert bucket.pieces
+        assert list(bucket.sinks) == sorted(set(bucket.sinks))
+        end = 0
+        for piece in bucket.pieces:
+            part = plan.parts[piece.part_idx]
+            assert piece.offset % ALIGNMENT == 0
+            assert piece.offset == -(-end // ALIGNMENT) * ALIGNMENT
+            assert piece.nbytes == piece.box.num_elements * itemsize(part.dtype) > 0
+            assert (part.role == "scale") == (bucket.stage == 1)
+            assert sum(n > 1 for n in piece.box.shape) <= 4
+            end = piece.offset + piece.nbytes
+            check_mode(part, piece)
+        assert bucket.used_bytes == -(-end // ALIGNMENT) * ALIGNMENT <= plan.bucket_bytes
+
+
+def check_mode(part, piece) -> None:
+    if part.role == "scale" or not get_recipe(part.recipe).quantised:
+        return
+    assert piece.mode in (MODE_FUSED, MODE_SCALED)
+    on_grid = all(
+        o % 128 == 0 and (e % 128 == 0 or e == n)
+        for o, e, n in zip(piece.box.offset[-2:], piece.box.end[-2:], part.shape[-2:], strict=True)
+    )
+    if piece.mode == MODE_FUSED:
+        assert on_grid
+    if len(piece.box.shape) > 2 and contiguous_strides(piece.box.shape)[0] != piece.box.num_elements:
+        assert piece.box.shape[-2] * piece.box.shape[-1] % ALIGNMENT == 0 or max(piece.box.shape[:-2]) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_equal_inputs_give_equal_bytes_and_survive_the_wire(seed):
+    one, two = (random_scenario(random.Random(seed)) for _ in range(2))
+    plan = make_plan(one.source, one.sink, None, one.options)
+    again = make_plan(two.source, two.sink, None, two.options)
+    assert encode(plan) == encode(again)
+    assert plan_digest(plan) == plan_digest(again)
+    assert decode(encode(plan), Plan) == plan
+
+
+def random_cluster(rng: random.Random) -> Cluster:
+    """One group for each host: with and without GPUs, fast and slow, and a link between two halves."""
+    groups = []
+    for host in ("h0", "h1", "h2", "h3"):
+        gpus = rng.choice((0, 8))
+        rates = (
+            {"hbm_gbps": 3000.0, "pcie_gbps": rng.uniform(1, 60), "nvlink_gbps": rng.uniform(50, 900)} if gpus else {}
+        )
+        nics = tuple(Nic(rng.uniform(0.5, 50)) for _ in range(rng.randint(1, 4)))
+        domain = rng.choice((0, gpus))
+        groups.append(NodeGroup(host, 1, rng.uniform(1, 200), (host,), gpus, nvlink_domain=domain, nics=nics, **rates))
+    links = (Link("wan", ("h0", "h1"), ("h2", "h3"), rng.uniform(0.1, 10)), Link("a", ("h0",), ("h1",), 0.01))
+    return Cluster(tuple(groups), links[: rng.randint(0, 2)], alpha_s=rng.choice((0.0, 1e-5)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(SEEDS)
+def test_no_plan_is_faster_than_its_bound(seed):
+    rng = random.Random(seed)
+    scenario = random_scenario(rng)
+    plan = make_plan(scenario.source, scenario.sink, random_cluster(rng), scenario.options)
+    assert plan.time_s >= plan.lower_bound_s
+    assert plan.score >= 1.0
+    assert [b.seconds for b in plan.bounds] == sorted((b.seconds for b in plan.bounds), reverse=True)
+    if plan.buckets:
+        assert plan.binding_cut

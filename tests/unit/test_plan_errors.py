@@ -1,0 +1,173 @@
+"""Bad manifests are refused before anything is planned, by a named error with both values."""
+
+import msgspec
+import pytest
+
+from wsync.errors import (
+    ConfigError,
+    DtypeMismatchError,
+    FormatVersionError,
+    ManifestError,
+    MissingTensorError,
+    RecipeError,
+    ShapeMismatchError,
+    UnknownTensorError,
+)
+from wsync.plan import PlanOptions, make_plan, sink_slice, source_slice
+from wsync.spec import (
+    Box,
+    CopySpec,
+    NodeGroup,
+    RankInfo,
+    SinkManifest,
+    SinkRankManifest,
+    SourceManifest,
+    StorageSpec,
+    TensorSpec,
+    default_cluster,
+)
+from wsync.spec.cluster import Cluster
+
+HOST = RankInfo("h")
+W = TensorSpec("w", (8, 6), "bfloat16")
+WHOLE = Box.whole((8, 6))
+COPY = CopySpec("w", "weight", WHOLE, 0, 0, (6, 1))
+
+
+def source(*tensors: TensorSpec, shards=None) -> SourceManifest:
+    tensors = tensors or (W,)
+    shards = shards or tuple(((Box.whole(t.shape),) if not t.alias_of else (),) for t in tensors)
+    return SourceManifest((HOST,) * len(shards[0]), tensors, shards)
+
+
+def sink(copy: CopySpec = COPY, *, recipe="bf16", dtype="bfloat16", size=48, recipes=None) -> SinkManifest:
+    recipes = {copy.tensor: recipe} if recipes is None else recipes
+    return SinkManifest((SinkRankManifest("engine-7", 3, 4, HOST, recipes, (StorageSpec("s", dtype, size),), (copy,)),))
+
+
+def copy(**changes) -> CopySpec:
+    return msgspec.structs.replace(COPY, **changes)
+
+
+SINK = "rank 3 of replica 'engine-7'"
+
+
+@pytest.mark.parametrize(
+    ("error", "sink_manifest", "says"),
+    [
+        (UnknownTensorError, sink(copy(tensor="v")), "needs tensor 'v', which is not among the source's 1"),
+        (ManifestError, sink(recipes={}), "copies tensor 'w', but gives no recipe"),
+        (RecipeError, sink(recipe="fp3"), "recipe 'fp3' is unknown"),
+        (RecipeError, sink(copy(role="scale")), "needs part 'scale' of 'w', but recipe 'bf16' writes weight"),
+        (
+            ShapeMismatchError,
+            sink(copy(box=Box((0, 0), (9, 6)))),
+            r"shape \(9, 6\)\) of 'w'; the source has shape \(8, 6\)",
+        ),
+        (ShapeMismatchError, sink(copy(box=Box((-1, 0), (2, 6)))), r"offset \(-1, 0\)"),
+        (ShapeMismatchError, sink(copy(box=Box((0,), (8,)))), r"the source has shape \(8, 6\)"),
+        (ShapeMismatchError, sink(copy(dst_strides=(6,))), r"strides \(6,\)"),
+        (DtypeMismatchError, sink(dtype="float16"), "keeps 'w' as float16 .*the wire carries bfloat16"),
+        (ManifestError, sink(size=47), "elements 0 to 47 of storage 's', which has 47"),
+        (ManifestError, sink(copy(dst_strides=(-6, 1))), "elements -42 to 5"),
+        (ManifestError, sink(copy(dst_strides=(0, 1))), r"writes 8 elements of 'w' to one address \(stride 0\)"),
+        (ManifestError, sink(copy(storage_idx=1)), "storage 1, but lists 1 storages"),
+    ],
+)
+def test_a_sink_that_does_not_fit_is_named(error, sink_manifest, says):
+    with pytest.raises(error, match=says) as e:
+        make_plan(source(), sink_manifest)
+    assert SINK in str(e.value)
+
+
+def test_elements_that_nobody_holds_are_named_by_their_first_box():
+    gap = (((Box((0, 0), (3, 6)),), (Box((5, 0), (3, 6)),)),)
+    with pytest.raises(MissingTensorError, match=r"sink 0 needs 'w'.*offset \(3, 0\) of shape \(2, 6\)"):
+        make_plan(source(shards=gap), sink())
+
+
+def test_a_scale_needs_all_of_its_block_even_where_the_weight_is_not_needed():
+    tensor = TensorSpec("w", (256, 128), "bfloat16")
+    gap = (((Box((0, 0), (100, 128)),), (Box((128, 0), (128, 128)),)),)
+    scale = CopySpec("w", "scale", Box((0, 0), (1, 1)), 0, 0, (1, 1))
+    with pytest.raises(MissingTensorError, match=r"offset \(100, 0\) of shape \(28, 128\)"):
+        make_plan(source(tensor, shards=gap), sink(scale, recipe="fp8_block128", dtype="float32"))
+    other = msgspec.structs.replace(scale, box=Box((1, 0), (1, 1)))
+    make_plan(source(tensor, shards=gap), sink(other, recipe="fp8_block128", dtype="float32"))
+
+
+def test_a_recipe_that_cannot_encode_the_tensor_names_it():
+    with pytest.raises(RecipeError, match=r"rank 3 of replica 'engine-7'.*'b'.*\(8,\)"):
+        make_plan(
+            source(TensorSpec("b", (8,), "float32")),
+            sink(CopySpec("b", "weight", Box.whole((8,)), 0, 0, (1,)), recipe="fp8_block128"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("error", "manifest", "says"),
+    [
+        (ShapeMismatchError, source(shards=(((Box((4, 0), (5, 6)),),),)), r"shard of 'w' on trainer rank 0.*\(8, 6\)"),
+        (ShapeMismatchError, source(shards=(((Box((4,), (4,)),),),)), "has 1 dimensions"),
+        (ManifestError, source(W, W), "'w' is in the source twice, at 0 and at 1"),
+        (ManifestError, SourceManifest((HOST, HOST), (W,), (((WHOLE,),),)), "shards of 1 ranks, the source has 2"),
+        (ManifestError, SourceManifest((HOST,), (W,), ()), "1 tensors, but shards of 0"),
+        (ManifestError, SourceManifest((), (W,), ((),)), "at least 1 rank, got 0"),
+        (DtypeMismatchError, source(TensorSpec("w", (8, 6), "complex64")), "complex64"),
+        (
+            UnknownTensorError,
+            source(W, TensorSpec("a", (8, 6), "bfloat16", alias_of="z")),
+            "alias of 'z', which is not there",
+        ),
+        (ShapeMismatchError, source(W, TensorSpec("a", (8, 5), "bfloat16", alias_of="w")), r"\(8, 5\).*\(8, 6\)"),
+        (DtypeMismatchError, source(W, TensorSpec("a", (8, 6), "float32", alias_of="w")), "float32.*bfloat16"),
+        (ManifestError, source(W, TensorSpec("a", (8, 6), "bfloat16", alias_of="a")), "'a' is an alias of itself"),
+    ],
+)
+def test_a_source_that_contradicts_itself_is_named(error, manifest, says):
+    with pytest.raises(error, match=says):
+        make_plan(manifest, sink())
+
+
+def test_a_plan_needs_an_engine():
+    with pytest.raises(ManifestError, match="at least 1 engine rank, got 0"):
+        make_plan(source(), SinkManifest(()))
+
+
+@pytest.mark.parametrize("size", [0, -256, 100, 257, 1 << 41])
+def test_impossible_bucket_sizes_are_refused(size):
+    with pytest.raises(ConfigError, match=f"bucket_bytes is {size}, allowed are multiples of 256"):
+        make_plan(source(), sink(), None, PlanOptions(size))
+
+
+def test_a_bucket_has_room_for_a_scale_block():
+    tensor = TensorSpec("w", (256, 128), "bfloat16")
+    one = sink(
+        CopySpec("w", "weight", Box.whole((256, 128)), 0, 0, (128, 1)),
+        recipe="fp8_block128",
+        dtype="float8_e4m3fn",
+        size=1 << 15,
+    )
+    with pytest.raises(ConfigError, match="bucket_bytes is 8192, but one scale block of 'w' has 16384"):
+        make_plan(source(tensor), one, None, PlanOptions(8192))
+    make_plan(source(tensor), one, None, PlanOptions(16384))
+
+
+def test_a_cluster_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="host 'h'"):
+        make_plan(source(), sink(), default_cluster(["elsewhere"]))
+    with pytest.raises(FormatVersionError):
+        make_plan(source(), sink(), msgspec.structs.replace(default_cluster(["h"]), format_version=2))
+    lonely = Cluster((NodeGroup("g", 2, 10.0, hosts=("h", "far")),))
+    far = SinkManifest((msgspec.structs.replace(sink().ranks[0], info=RankInfo("far")),))
+    with pytest.raises(ConfigError, match=r"96 bytes must cross the edge of node 'far'.*0 nics"):
+        make_plan(source(), far, lonely)
+    make_plan(source(), sink(), lonely)
+
+
+def test_slices_of_ranks_that_do_not_exist_are_refused():
+    plan = make_plan(source(), sink())
+    with pytest.raises(ConfigError, match="trainer rank 1 is not in a plan of 1"):
+        source_slice(plan, 1)
+    with pytest.raises(ConfigError, match="sink -1 is not in a plan of 1"):
+        sink_slice(plan, -1)

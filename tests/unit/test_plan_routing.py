@@ -1,0 +1,250 @@
+"""Who sends what to whom: balance, locality, trees, order, bounds and slices."""
+
+from collections import Counter
+
+import msgspec
+import pytest
+
+import wsync.plan.blocks
+from wsync.plan import PlanOptions, make_plan, plan_digest, sink_slices, source_slices
+from wsync.plan.types import MODE_FUSED, MODE_SCALED, SOURCE
+from wsync.spec import Cluster, Link, Nic, NodeGroup, RankInfo, TensorSpec
+from wsync.testing.generators import dense_tensors, fsdp_source, moe_tensors, qwen3_0p6b_tensors, tp_sink
+
+TINY = dense_tensors(4, 256, 4, 2, 64, 512, 1000)
+SMALL = PlanOptions(65536)
+
+
+def sent_bytes(plan):
+    sent = Counter()
+    for bucket in plan.buckets:
+        sent[bucket.src_rank] += sum(p.nbytes for p in bucket.pieces)
+    return sent
+
+
+def test_replicated_trainers_share_the_sending():
+    plan = make_plan(fsdp_source(TINY, ["h"] * 4, replicas=4), tp_sink(TINY, [["h"] * 2]), None, SMALL)
+    sent = sent_bytes(plan)
+    assert len(sent) == 4
+    assert max(sent.values()) - min(sent.values()) <= SMALL.bucket_bytes
+
+
+def test_a_faster_node_sends_more():
+    groups = (
+        NodeGroup("slow", 1, 1000.0, hosts=("a",), nics=(Nic(10.0),)),
+        NodeGroup("fast", 1, 1000.0, hosts=("b",), nics=(Nic(40.0),)),
+        NodeGroup("engine", 1, 1000.0, hosts=("e",), nics=(Nic(100.0),)),
+    )
+    plan = make_plan(fsdp_source(TINY, ["a", "b"], replicas=2), tp_sink(TINY, [["e"]]), Cluster(groups), SMALL)
+    sent = sent_bytes(plan)
+    assert 3.5 < sent[1] / sent[0] < 4.5
+
+
+def test_a_node_that_holds_the_bytes_serves_itself():
+    plan = make_plan(fsdp_source(TINY, ["a", "b"], replicas=2), tp_sink(TINY, [["a"], ["b"]]), None, SMALL)
+    assert all(b.sinks == (b.src_rank,) for b in plan.buckets)
+
+
+def test_bytes_enter_a_node_through_one_sink_and_heads_take_turns():
+    tensors = (TensorSpec("w", (4096, 64), "bfloat16"),)
+    plan = make_plan(fsdp_source(tensors, ["t"]), tp_sink(tensors, [["e"] * 4]), None, PlanOptions(8192))
+    heads = Counter()
+    for bucket in plan.buckets:
+        from_source = [dst for src, dst in bucket.hops if src == SOURCE]
+        assert len(from_source) == 1
+        assert bucket.hops == (
+            (SOURCE, from_source[0]),
+            *((from_source[0], s) for s in range(4) if s != from_source[0]),
+        )
+        heads[from_source[0]] += 1
+    assert len(plan.buckets) == 64
+    assert heads == {0: 16, 1: 16, 2: 16, 3: 16}
+
+
+def test_all_sinks_of_a_sender_start_early():
+    plan = make_plan(fsdp_source(TINY, ["h"]), tp_sink(TINY, [["h"] * 4]), None, PlanOptions(16384))
+    groups = {b.sinks for b in plan.buckets}
+    first = {b.sinks for b in plan.buckets[: len(groups)]}
+    assert len(groups) == 5
+    assert first == groups
+
+
+def test_numbers_go_round_the_senders():
+    plan = make_plan(fsdp_source(TINY, ["h"] * 2), tp_sink(TINY, [["h"]]), None, SMALL)
+    assert [b.src_rank for b in plan.buckets[:6]] == [0, 1, 0, 1, 0, 1]
+
+
+def test_tied_weights_are_sent_once():
+    source, sink = fsdp_source(TINY, ["h"]), tp_sink(TINY, [["h"]])
+    rank = sink.ranks[0]
+    embed = next(c for c in rank.copies if c.tensor == "model.embed_tokens.weight")
+    again = msgspec.structs.replace(embed, tensor="lm_head.weight", storage_idx=len(rank.storages))
+    storage = msgspec.structs.replace(rank.storages[embed.storage_idx], name="lm_head")
+    both = msgspec.structs.replace(
+        rank,
+        recipes={**rank.recipes, "lm_head.weight": "bf16"},
+        storages=(*rank.storages, storage),
+        copies=(*rank.copies, again),
+    )
+    two = make_plan(source, msgspec.structs.replace(sink, ranks=(both,)), None, SMALL)
+    assert two.buckets == make_plan(source, sink, None, SMALL).buckets
+    assert two.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_wire_bytes_are_those_of_the_model_where_nothing_is_replicated():
+    tensors = qwen3_0p6b_tensors()
+    plan = make_plan(fsdp_source(tensors, ["h"] * 2), tp_sink(tensors, [["h"] * 2]))
+    assert plan.wire_bytes == 596_049_920 * 2
+    assert sum(b.used_bytes for b in plan.buckets) < 1.001 * plan.wire_bytes
+
+
+def test_aligned_shards_need_no_exchange_and_fuse_everything():
+    tensors = qwen3_0p6b_tensors()
+    plan = make_plan(fsdp_source(tensors, ["h"] * 2), tp_sink(tensors, [["h"] * 2], "fp8_block128"))
+    assert plan.amax_elements == 0
+    assert not any(plan.amax_regions)
+    modes = Counter(p.mode for b in plan.buckets for p in b.pieces if "_proj" in plan.parts[p.part_idx].name)
+    assert modes[MODE_FUSED] > 0
+    assert modes[MODE_SCALED] == 0
+
+
+def test_thin_shards_exchange_every_block():
+    tensors = (TensorSpec("q_proj", (256, 256), "bfloat16"),)
+    plan = make_plan(fsdp_source(tensors, ["h"] * 32), tp_sink(tensors, [["h"]], "fp8_block128"), None, SMALL)
+    assert plan.amax_elements == 4
+    assert [len(r) for r in plan.amax_regions] == [1] * 32
+    assert {p.mode for b in plan.buckets if b.stage == 0 for p in b.pieces} == {MODE_SCALED}
+
+
+def test_only_the_block_at_the_edge_is_exchanged():
+    tensors = (TensorSpec("q_proj", (1000, 128), "bfloat16"),)
+    plan = make_plan(fsdp_source(tensors, ["h"] * 2), tp_sink(tensors, [["h"]], "fp8_block128"), None, SMALL)
+    assert [r.box.shape for rank in plan.amax_regions for r in rank] == [(116, 128), (12, 128)]
+    assert plan.amax_elements == 8
+
+
+def test_what_two_recipes_share_is_not_shared_and_what_two_replicas_share_is():
+    tensors = (TensorSpec("q_proj", (512, 256), "bfloat16"),)
+    source = fsdp_source(tensors, ["h"])
+    same = tp_sink(tensors, [["h"], ["h"]], "fp8_block128")
+    other = tp_sink(tensors, [["h"]], "fp8_block128_f32")
+    assert make_plan(source, same).wire_bytes == 512 * 256 + 4 * 2 * 4
+    mixed = msgspec.structs.replace(same, ranks=(*same.ranks, *other.ranks))
+    assert make_plan(source, mixed).wire_bytes == 2 * (512 * 256 + 4 * 2 * 4)
+
+
+def test_equal_tensors_are_intersected_once(monkeypatch):
+    calls = []
+    real = wsync.plan.blocks.partition
+    monkeypatch.setattr(wsync.plan.blocks, "partition", lambda *a: calls.append(1) or real(*a))
+    for layers in (2, 40):
+        tensors = dense_tensors(layers, 256, 4, 2, 64, 512, 1000)
+        make_plan(fsdp_source(tensors, ["h"] * 4), tp_sink(tensors, [["h"] * 2], "fp8_block128"))
+    assert len(calls) % 2 == 0
+    assert len(calls) // 2 < 40
+
+
+# ---- bounds
+
+
+def nodes(*hosts: str, gbps: float = 50.0) -> Cluster:
+    return Cluster((NodeGroup("n", len(hosts), 1e6, hosts=hosts, nics=(Nic(gbps),)),), alpha_s=0.0)
+
+
+def bounds(plan) -> dict[str, float]:
+    return {b.name: b.seconds for b in plan.bounds}
+
+
+def test_bounds_have_their_closed_forms():
+    """U bytes of a replica that spans one node, N engine nodes, T trainer nodes, B per node."""
+    tensors = (TensorSpec("experts", (64, 4096), "bfloat16"),)
+    nbytes, rate = 64 * 4096 * 2, 50e9
+    trainers, engines = ["t0", "t1"], [["e0", "e0"], ["e1", "e1"], ["e2", "e2"]]
+    plan = make_plan(
+        fsdp_source(tensors, trainers), tp_sink(tensors, engines), nodes(*trainers, "e0", "e1", "e2"), SMALL
+    )
+    found = bounds(plan)
+    for i in range(3):
+        assert found[f"ingress of node e{i}"] == pytest.approx(nbytes / rate)
+    for i in range(2):
+        assert found[f"egress of node t{i}"] == pytest.approx(nbytes / 2 / rate)
+    assert found["egress of all trainer nodes"] == pytest.approx(nbytes / (2 * rate))
+    assert found["ingress of all engine nodes"] == pytest.approx(nbytes / (3 * rate))
+    assert found["traffic between nodes"] == pytest.approx(3 * nbytes / (5 * rate))
+    assert plan.binding_cut.startswith("ingress of node e")
+    assert plan.time_s == pytest.approx(3 * nbytes / 2 / rate)
+    assert plan.score == pytest.approx(1.5)
+
+
+def test_a_plan_for_one_engine_node_is_optimal():
+    trainers = ["t0", "t1", "t2", "t3"]
+    plan = make_plan(fsdp_source(TINY, trainers), tp_sink(TINY, [["e"] * 2]), nodes(*trainers, "e"), SMALL)
+    assert plan.score == pytest.approx(1.0, abs=0.01)
+    assert plan.binding_cut == "ingress of node e"
+
+
+def test_a_shared_link_binds_where_it_is_the_narrowest():
+    groups = (
+        NodeGroup("west", 2, 1e6, hosts=("t0", "t1"), nics=(Nic(50.0),)),
+        NodeGroup("east", 2, 1e6, hosts=("e0", "e1"), nics=(Nic(50.0),)),
+    )
+    cluster = Cluster(groups, (Link("wan", ("west",), ("east",), 1.0),))
+    plan = make_plan(fsdp_source(TINY, ["t0", "t1"]), tp_sink(TINY, [["e0"], ["e1"]]), cluster, SMALL)
+    unique = make_plan(fsdp_source(TINY, ["t0", "t1"]), tp_sink(TINY, [["e0"]]), cluster, SMALL).wire_bytes
+    assert plan.binding_cut == "link wan from west"
+    assert plan.lower_bound_s == pytest.approx(unique / 1e9)
+    assert plan.time_s == pytest.approx(2 * unique / 1e9, rel=0.01)
+
+
+def test_bytes_on_one_host_cost_its_memory():
+    plan = make_plan(fsdp_source(TINY, ["h"] * 2), tp_sink(TINY, [["h"] * 2]), None, SMALL)
+    assert plan.binding_cut == "host memory of node h"
+    assert not any(b.name.startswith(("ingress", "traffic")) for b in plan.bounds)
+
+
+# ---- slices
+
+
+def test_slices_cover_the_plan_and_carry_only_their_own_parts():
+    source = fsdp_source(TINY, ["h"] * 4, replicas=2)
+    plan = make_plan(source, tp_sink(TINY, [["h"] * 2], "fp8_block128"), None, SMALL)
+    digest = plan_digest(plan)
+    sources, sinks = source_slices(plan), sink_slices(plan)
+    assert {s.plan_digest for s in (*sources, *sinks)} == {digest}
+    assert sorted(b.bucket_idx for s in sources for b in s.buckets) == [b.bucket_idx for b in plan.buckets]
+    for slice_ in (*sources, *sinks):
+        used = {p.part_idx for b in slice_.buckets for p in b.pieces}
+        used |= {r.part_idx for r in getattr(slice_, "amax_regions", ())}
+        assert used == set(range(len(slice_.parts)))
+        assert slice_.staging_bytes == len(slice_.buckets) * SMALL.bucket_bytes
+        for bucket in slice_.buckets:
+            whole = plan.buckets[bucket.bucket_idx]
+            names = [slice_.parts[p.part_idx].name for p in bucket.pieces]
+            assert names == [plan.parts[p.part_idx].name for p in whole.pieces]
+            assert [p.box for p in bucket.pieces] == [p.box for p in whole.pieces]
+    for sink_idx, slice_ in enumerate(sinks):
+        assert [b.bucket_idx for b in slice_.buckets] == [b.bucket_idx for b in plan.buckets if sink_idx in b.sinks]
+    assert all([b.stage for b in s.buckets] == sorted(b.stage for b in s.buckets) for s in sources)
+
+
+def test_a_sink_that_needs_nothing_has_an_empty_slice():
+    sink = tp_sink(TINY, [["h"] * 2])
+    idle = msgspec.structs.replace(sink.ranks[1], copies=())
+    plan = make_plan(fsdp_source(TINY, ["h"]), msgspec.structs.replace(sink, ranks=(sink.ranks[0], idle)))
+    assert sink_slices(plan)[1].buckets == ()
+
+
+def test_another_host_makes_another_plan():
+    source, sink = fsdp_source(TINY, ["a"]), tp_sink(TINY, [["a"]])
+    moved = msgspec.structs.replace(source, ranks=(RankInfo("b"),))
+    assert plan_digest(make_plan(source, sink)) != plan_digest(make_plan(moved, sink))
+
+
+def test_stacked_experts_travel_by_expert():
+    tensors = moe_tensors(1, 256, 4, 2, 64, 8, 128, 1000)
+    plan = make_plan(fsdp_source(tensors, ["h"] * 4), tp_sink(tensors, [["h"] * 4], "fp8_block128"))
+    for bucket in plan.buckets:
+        for piece in bucket.pieces:
+            if "experts" in plan.parts[piece.part_idx].name:
+                assert bucket.sinks == (bucket.src_rank,)
+                assert piece.box.shape[0] == 2

@@ -1,0 +1,134 @@
+"""Boxes, dtypes, recipes, manifests and their encoding."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsync.errors import (
+    DtypeMismatchError,
+    FormatVersionError,
+    ManifestError,
+    RecipeError,
+    WireError,
+    WsyncError,
+    error_from_wire,
+)
+from wsync.spec import (
+    Box,
+    RankInfo,
+    SourceManifest,
+    SourceRankManifest,
+    TensorSpec,
+    check_format,
+    contiguous_strides,
+    decode,
+    digest_of,
+    encode,
+    get_recipe,
+    itemsize,
+    merge_source,
+    recipe_parts,
+    scale_grid,
+)
+
+BOXES = st.integers(0, 3).flatmap(
+    lambda n: st.tuples(
+        *[st.builds(Box, st.tuples(*[st.integers(0, 5)] * n), st.tuples(*[st.integers(0, 5)] * n)) for _ in range(2)]
+    )
+)
+
+
+def cells(box: Box) -> set[tuple[int, ...]]:
+    return {tuple(o + i for o, i in zip(box.offset, k, strict=True)) for k in np.ndindex(*box.shape)}
+
+
+@given(BOXES)
+def test_intersection_and_containment_are_those_of_sets(pair):
+    a, b = pair
+    common = a.intersect(b)
+    assert cells(a) & cells(b) == (cells(common) if common else set())
+    assert a.contains(b) == (cells(b) <= cells(a))
+    assert a.num_elements == len(cells(a))
+    assert a.shifted(b.offset).relative_to(Box(b.offset, b.shape)) == a
+
+
+@given(st.lists(st.integers(1, 6), max_size=4))
+def test_contiguous_strides_are_numpys(shape):
+    expected = tuple(s // 4 for s in np.zeros(shape, np.float32).strides)
+    got = contiguous_strides(tuple(shape))
+    assert [g for g, n in zip(got, shape, strict=True) if n > 1] == [
+        e for e, n in zip(expected, shape, strict=True) if n > 1
+    ]
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(DtypeMismatchError, match=r"'float4'.*bfloat16"):
+        itemsize("float4")
+    with pytest.raises(RecipeError, match=r"'fp3'.*fp8_block128"):
+        get_recipe("fp3")
+
+
+def test_parts_carry_the_engines_names_and_the_grid_of_the_whole_tensor():
+    weight, scale = recipe_parts("a.weight", (3, 200, 129), "float32", "fp8_block128")
+    assert (weight.name, weight.dtype, weight.shape) == ("a.weight", "float8_e4m3fn", (3, 200, 129))
+    assert (scale.name, scale.dtype, scale.shape) == ("a.weight_scale_inv", "float32", (3, 2, 2))
+    assert scale.nbytes == 48
+    assert scale_grid((128, 256), (128, 128)) == (1, 2)
+
+
+@pytest.mark.parametrize(("dtype", "recipe", "shape"), [("int64", "bf16", (4,)), ("bfloat16", "fp8_block128", (4,))])
+def test_a_recipe_refuses_what_it_cannot_encode(dtype, recipe, shape):
+    with pytest.raises(RecipeError, match="'w'"):
+        recipe_parts("w", shape, dtype, recipe)
+
+
+ONE_TENSOR = (TensorSpec("w", (4,), "float32"),)
+
+
+def rank_manifest(rank: int, world: int = 2, tensors=ONE_TENSOR) -> SourceRankManifest:
+    return SourceRankManifest(rank, world, RankInfo("h", rank), tensors, ((Box((rank * 2,), (2,)),),) * len(tensors))
+
+
+def test_merged_manifests_are_in_order_of_rank():
+    merged = merge_source([rank_manifest(1), rank_manifest(0)])
+    assert [r.pid for r in merged.ranks] == [0, 1]
+    assert merged.shards[0] == ((Box((0,), (2,)),), (Box((2,), (2,)),))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ([], "at least one rank, got 0"),
+        ([rank_manifest(0)], r"ranks 0 to 1, got \[0\]"),
+        ([rank_manifest(0), rank_manifest(0)], r"got \[0, 0\]"),
+        ([rank_manifest(0), rank_manifest(1, tensors=(TensorSpec("w", (5,), "float32"),))], r"\(4,\).*\(5,\)"),
+        ([rank_manifest(0), rank_manifest(1, tensors=())], "rank 0 has 1, rank 1 has 0"),
+        ([rank_manifest(0), rank_manifest(1, world=3)], "world size 2, rank 1 says 3"),
+    ],
+)
+def test_ranks_that_disagree_are_refused_with_both_values(ranks, says):
+    with pytest.raises(ManifestError, match=says):
+        merge_source(ranks)
+
+
+def test_encoding_is_strict():
+    manifest = merge_source([rank_manifest(0), rank_manifest(1)])
+    data = encode(manifest)
+    assert decode(data, SourceManifest) == manifest
+    assert digest_of(manifest) == digest_of(decode(data, SourceManifest))
+    for bad in (data[:-1], b"", data + b"x", encode({"ranks": 1})):
+        with pytest.raises(WireError, match=f"{len(bad)} bytes"):
+            decode(bad, SourceManifest)
+    with pytest.raises(WireError, match="over the limit of 8"):
+        decode(data, SourceManifest, max_bytes=8)
+    with pytest.raises(FormatVersionError, match=r"version 9.*version 1"):
+        check_format(9, "the file")
+
+
+def test_errors_are_rebuilt_by_name_and_unknown_ones_keep_theirs():
+    error = error_from_wire("RecipeError", "no", "try")
+    assert isinstance(error, RecipeError)
+    assert str(error) == "no\nhint: try"
+    assert type(error_from_wire("FluxError", "no")) is WsyncError
+    assert "FluxError" in str(error_from_wire("FluxError", "no"))

@@ -1,0 +1,150 @@
+"""``wsync bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsync.bench.options import (
+    BASELINES,
+    PRESETS,
+    RECIPES,
+    check_counts,
+    load_model_config,
+    parse_baselines,
+    parse_fault,
+    parse_names,
+)
+from wsync.cli.output import EXIT_FAILED, EXIT_OK, check_writable, stderr_console, stdout_console, write_json
+from wsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsync.bench.e2e import Progress, Request
+
+_DESCRIPTION = """Trainer processes hold an FSDP2-sharded model, engine processes hold it fused and tensor-parallel.
+Each row takes the same new weights from the first to the second, and is verified byte for byte against an engine that
+loaded a checkpoint. docs/measurement.md defines every row and column."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``bench`` and its subcommands."""
+    parser = commands.add_parser("bench", help="measure on this machine", allow_abbrev=False)
+    kinds = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    e2e = kinds.add_parser(
+        "e2e",
+        help="the main job end to end, against what people do today",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    e2e.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="model (default: %(default)s)")
+    e2e.add_argument("--config", metavar="FILE", help="config.json of a Hugging Face model, instead of a preset")
+    e2e.add_argument("--trainers", type=int, default=2, metavar="N", help="trainer processes (default: %(default)s)")
+    e2e.add_argument("--engines", type=int, default=2, metavar="N", help="engine processes (default: %(default)s)")
+    e2e.add_argument("--recipes", default=",".join(RECIPES), metavar="LIST", help="default: %(default)s")
+    e2e.add_argument(
+        "--baselines", default="all", metavar="LIST", help=f"all, none or some of {','.join(BASELINES)} (default: all)"
+    )
+    e2e.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repeats (default: %(default)s)")
+    e2e.add_argument("--transport", default="shm", choices=("shm", "gloo"), help="of wsync (default: %(default)s)")
+    e2e.add_argument(
+        "--quantise-on",
+        default="trainer",
+        choices=("trainer", "engine"),
+        help="where baselines quantise (default: trainer)",
+    )
+    e2e.add_argument("--workdir", metavar="DIR", help="where the disk baseline writes (default: the temporary folder)")
+    e2e.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
+    e2e.add_argument("--chart", metavar="FILE", help="write a bar chart (PNG)")
+    e2e.add_argument("--trace", metavar="FILE", help="write the phases as a Chrome/Perfetto trace (JSON)")
+    e2e.add_argument("--deadline", type=float, default=120.0, metavar="S", help="of every wait (default: %(default)s)")
+    e2e.add_argument("--fault", help=argparse.SUPPRESS)
+    e2e.set_defaults(run=run_e2e)
+
+
+def run_e2e(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 if a verdict is wrong."""
+    request = _request(args)
+    for target, option in ((args.json, "--json"), (args.chart, "--chart"), (args.trace, "--trace")):
+        check_writable(target, option)
+    _require_libraries(args.chart)
+
+    from wsync.bench.e2e import run
+    from wsync.bench.table import print_result
+    from wsync.bench.trace import write_trace
+
+    with _progress() as progress:
+        result, spans = run(request, sys.argv, progress)
+    if args.trace:
+        write_trace(result.options, spans, Path(args.trace))
+    if args.chart:
+        from wsync.bench.chart import write_chart
+
+        write_chart(result, Path(args.chart))
+    if args.json:
+        write_json(result, args.json)
+    if args.json != "-":
+        print_result(result, stdout_console())
+    return EXIT_OK if result.verdict == "ok" else EXIT_FAILED
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from wsync.bench.e2e import Request
+
+    check_counts(args.trainers, args.engines, args.repeats, args.deadline)
+    model, model_name = load_model_config(args.preset, args.config)
+    return Request(
+        model=model,
+        model_name=model_name,
+        num_trainers=args.trainers,
+        num_engines=args.engines,
+        recipes=parse_names(args.recipes, RECIPES, "recipe"),
+        baselines=parse_baselines(args.baselines),
+        repeats=args.repeats,
+        transport=args.transport,
+        quantise_on=args.quantise_on,
+        workdir=Path(args.workdir) if args.workdir else None,
+        deadline_s=args.deadline,
+        fault=parse_fault(args.fault),
+    )
+
+
+def _require_libraries(chart: str | None) -> None:
+    from importlib.util import find_spec
+
+    needed = ["torch", "transformers", "safetensors", *(["matplotlib"] if chart else [])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"bench e2e needs {', '.join(missing)}", hint="pip install 'wsync-rl[bench]'")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal; on anything else one line for each row."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = stderr_console()
+    if not console.is_terminal:
+        yield _line_progress()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting the processes", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _line_progress() -> Progress:
+    said = ""
+
+    def say(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if what.endswith("warm-up") and what != said:
+            said = what
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what} ({done} of {total})\n")
+
+    return say

@@ -1,0 +1,74 @@
+"""Command line manners: data on stdout, everything else on stderr, errors as one line and a hint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from wsync.errors import ConfigError, TransportError, WsyncError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_TRANSPORT = 3
+EXIT_INTERRUPTED = 130
+
+_PLAIN_WIDTH = 140
+
+
+def stdout_console() -> Console:
+    """For data. A pipe gets plain text wide enough for the tables; a terminal keeps its width, ``NO_COLOR`` counts."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+
+
+def stderr_console() -> Console:
+    """For logs and progress."""
+    return Console(stderr=True)
+
+
+def print_error(error: WsyncError) -> None:
+    """``error: ...`` and ``hint: ...`` on stderr."""
+    console = stderr_console()
+    console.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if error.hint:
+        console.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+
+
+def exit_status(error: WsyncError) -> int:
+    """The documented exit status of an error."""
+    if isinstance(error, ConfigError):
+        return EXIT_USAGE
+    if isinstance(error, TransportError):
+        return EXIT_TRANSPORT
+    return EXIT_FAILED
+
+
+def write_json(value: Any, target: str) -> None:
+    """Write JSON to the file ``target``, or to stdout for ``-``.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    if target == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
+    try:
+        Path(target).write_bytes(data)
+    except OSError as e:
+        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
+
+
+def check_writable(target: str | None, option: str) -> None:
+    """Refuse early what would fail after a long run.
+
+    Raises:
+        ConfigError: the folder of ``target`` does not exist.
+    """
+    if target and target != "-" and not Path(target).resolve().parent.is_dir():
+        raise ConfigError(f"{option} {target}: the folder {Path(target).resolve().parent} does not exist")

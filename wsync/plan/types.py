@@ -1,0 +1,222 @@
+"""What a plan is made of: values only, no addresses."""
+
+from __future__ import annotations
+
+import msgspec
+
+from wsync.spec.box import Box
+
+ALIGNMENT = 256
+"""Every piece starts at a multiple of this many bytes in its bucket."""
+
+MODE_COPY = 0
+"""Plain bytes, bf16, or scales out of the rank's scale table."""
+MODE_FUSED = 1
+"""A quantised weight box whose scale blocks are all whole: one pass."""
+MODE_SCALED = 2
+"""A quantised weight box with blocks cut by an edge: packed with scales from the exchanged amax."""
+
+SOURCE = -1
+"""The sender, as an endpoint of a hop."""
+
+
+class WirePart(msgspec.Struct, frozen=True, array_like=True):
+    """One part of one tensor in one recipe; what several sinks share is encoded once.
+
+    Attributes:
+        tensor_idx: into the source manifest's tensors (an alias is resolved to its target).
+        recipe: how it is encoded.
+        role: ``"weight"`` or ``"scale"``.
+        name: checkpoint name of the part.
+        dtype: on the wire.
+        shape: global, in elements.
+    """
+
+    tensor_idx: int
+    recipe: str
+    role: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One box of a part, contiguous and row major in its bucket.
+
+    Attributes:
+        part_idx: into the plan's parts.
+        shard_idx: which of the sender's boxes of that tensor holds it.
+        box: in the part's coordinates.
+        mode: MODE_COPY, MODE_FUSED or MODE_SCALED.
+        offset: bytes from the bucket's base, a multiple of ALIGNMENT.
+        nbytes: bytes of the box on the wire.
+    """
+
+    part_idx: int
+    shard_idx: int
+    box: Box
+    mode: int
+    offset: int
+    nbytes: int
+
+
+class Bucket(msgspec.Struct, frozen=True, array_like=True):
+    """A fixed-size piece of staging memory that travels as one message.
+
+    Attributes:
+        bucket_idx: in the plan; the logical wire offset of its first byte is ``bucket_idx * bucket_bytes``.
+        src_rank: the trainer rank that packs it.
+        stage: 0 for weights, 1 for scales, which are packed after all weights of the rank.
+        used_bytes: up to the end of the last piece, rounded up to ALIGNMENT; bytes between pieces are zero.
+        pieces: in order of offset.
+        sinks: indices of the engine ranks that need it, ascending. Each needs all of it.
+        hops: the delivery tree as (from, to) sink indices in an order in which every sender has received before;
+            ``SOURCE`` stands for the trainer rank.
+    """
+
+    bucket_idx: int
+    src_rank: int
+    stage: int
+    used_bytes: int
+    pieces: tuple[Piece, ...]
+    sinks: tuple[int, ...]
+    hops: tuple[tuple[int, int], ...]
+
+
+class AmaxRegion(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A box of a weight that this rank holds and whose scale blocks are cut by an edge.
+
+    Attributes:
+        part_idx: the weight part.
+        shard_idx: which of the rank's boxes holds it.
+        box: in the weight's coordinates.
+        grid_offset: element of the exchanged vector where the tensor's whole scale grid begins (row major).
+    """
+
+    part_idx: int
+    shard_idx: int
+    box: Box
+    grid_offset: int
+
+
+class SourceSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one trainer rank has to do.
+
+    Attributes:
+        plan_digest: of the whole plan; ranks with different digests refuse each other.
+        rank: the trainer rank.
+        bucket_bytes: size of every bucket.
+        parts: those of the plan that this rank uses; indices of the slice count these.
+        buckets: those that this rank packs, in order of packing (stage 0 first).
+        amax_regions: to reduce before packing; the same vector on all ranks.
+        amax_elements: f32 elements of the exchanged vector; 0 means that no rank exchanges.
+    """
+
+    plan_digest: str
+    rank: int
+    bucket_bytes: int
+    parts: tuple[WirePart, ...]
+    buckets: tuple[Bucket, ...]
+    amax_regions: tuple[AmaxRegion, ...]
+    amax_elements: int
+
+    @property
+    def staging_bytes(self) -> int:
+        """Staging memory of this rank."""
+        return len(self.buckets) * self.bucket_bytes
+
+
+class SinkSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one engine rank receives and relays.
+
+    Attributes:
+        plan_digest: of the whole plan.
+        sink_idx: index of this rank in the plan.
+        bucket_bytes: size of every bucket.
+        parts: those of the plan that this rank uses; indices of the slice count these.
+        buckets: those that this rank needs, in order of bucket_idx.
+        aliases: name of a tied tensor -> name of the tensor under which its bytes travel.
+    """
+
+    plan_digest: str
+    sink_idx: int
+    bucket_bytes: int
+    parts: tuple[WirePart, ...]
+    buckets: tuple[Bucket, ...]
+    aliases: dict[str, str] = {}
+
+    @property
+    def staging_bytes(self) -> int:
+        """Staging memory where buckets are received (shared memory holds it once for all ranks of a host)."""
+        return len(self.buckets) * self.bucket_bytes
+
+
+class PlanOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to plan.
+
+    Attributes:
+        bucket_bytes: size of a bucket, a multiple of ALIGNMENT.
+    """
+
+    bucket_bytes: int = 4 << 20
+
+
+class Bound(msgspec.Struct, frozen=True, array_like=True):
+    """One cut of the cluster: no plan is faster.
+
+    Attributes:
+        name: of the cut, such as ``ingress of node h1``.
+        seconds: its bytes over its rate.
+    """
+
+    name: str
+    seconds: float
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A global plan: what every rank packs, sends, relays and installs, and how good that is.
+
+    Attributes:
+        format_version: of this encoding.
+        num_sources, num_sinks: ranks on each side.
+        bucket_bytes: size of every bucket.
+        parts: what travels.
+        buckets: all of them.
+        amax_regions: for each trainer rank.
+        amax_elements: of the exchanged vector.
+        bounds: every cut that was looked at, the slowest first.
+        time_s: predicted seconds of this plan's transfers on the busiest link.
+        aliases: name of a tied tensor -> name of the tensor under which its bytes travel.
+    """
+
+    format_version: int
+    num_sources: int
+    num_sinks: int
+    bucket_bytes: int
+    parts: tuple[WirePart, ...]
+    buckets: tuple[Bucket, ...]
+    amax_regions: tuple[tuple[AmaxRegion, ...], ...]
+    amax_elements: int
+    bounds: tuple[Bound, ...]
+    time_s: float
+    aliases: dict[str, str] = {}
+
+    @property
+    def lower_bound_s(self) -> float:
+        """Seconds that no plan can beat on this cluster."""
+        return self.bounds[0].seconds if self.bounds else 0.0
+
+    @property
+    def binding_cut(self) -> str:
+        """Name of the cut that gives the lower bound."""
+        return self.bounds[0].name if self.bounds else ""
+
+    @property
+    def score(self) -> float:
+        """Predicted time over lower bound; 1.0 proves the plan optimal."""
+        return self.time_s / self.lower_bound_s if self.lower_bound_s > 0 else 1.0
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that leave the trainer ranks' packing, without padding."""
+        return sum(p.nbytes for b in self.buckets for p in b.pieces)

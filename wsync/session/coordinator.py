@@ -1,0 +1,365 @@
+"""The coordinator: a thread in trainer rank 0 that owns the store's socket and drives one `Round` after another.
+
+It plans, tells every rank its slice, and is the only place that decides. It moves no tensor data.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from wsync.errors import ConnectError, ManifestError, PeerLostError, StateError, WireError, WsyncError
+from wsync.plan import make_plan
+from wsync.plan.types import PlanOptions
+from wsync.session.auth import CurveKeys
+from wsync.session.channel import PEER_TIMEOUT_S
+from wsync.session.clock import local_info, process_is_gone
+from wsync.session.epoch import Epoch
+from wsync.session.membership import Client, Membership, sink_manifest
+from wsync.session.messages import (
+    MAX_MESSAGE_BYTES,
+    Accepted,
+    Failed,
+    Fault,
+    Flushed,
+    Installed,
+    Leave,
+    NameTable,
+    Offer,
+    Packed,
+    Ping,
+    Pong,
+    PublishRequest,
+    Ready,
+    Refused,
+    Rejoin,
+    SinkDescribed,
+    SinkJoin,
+    SourceJoin,
+    ToClient,
+    ToCoordinator,
+    Voted,
+    decode_to_coordinator,
+    encode_message,
+)
+from wsync.session.round import Round
+from wsync.spec.cluster import Cluster
+from wsync.spec.serde import check_format
+
+_TICK_S = 0.05
+_LIVENESS_S = 0.5
+
+_HANDSHAKE_FAILURES = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class _OneKey:
+    """ZAP credentials: only the job's own client key is let in."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes | str) -> bool:
+        return (key.encode() if isinstance(key, str) else key) == self._public
+
+
+class Coordinator:
+    """Binds the store and serves it until `close`.
+
+    Args:
+        store: ``tcp://host:port`` to bind; port 0 picks a free one.
+        keys: the job's keys.
+        num_sources: trainer ranks.
+        transport: name of the transport, or ``"auto"``.
+
+    Raises:
+        ConnectError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        keys: CurveKeys,
+        num_sources: int,
+        *,
+        transport: str,
+        choose_transport: Callable[[list[str]], str],
+        cluster: Cluster | None = None,
+        options: PlanOptions | None = None,
+        peer_timeout_s: float = PEER_TIMEOUT_S,
+    ) -> None:
+        self.incarnation = time.time_ns()
+        self._members = Membership(num_sources)
+        self._transport = transport
+        self._choose_transport = choose_transport
+        self._cluster = cluster
+        self._options = options
+        self._peer_timeout_s = peer_timeout_s
+        self._own = local_info()
+        self._round: Round | None = None
+        self._next: Round | None = None
+        self._epoch: Epoch | None = None
+        self._seq = 0
+        self._broken: Fault | None = None
+        self._refused: dict[bytes, Fault] = {}
+        self._last_version: int | None = None
+        self._stopping = threading.Event()
+        self._context = zmq.Context()
+        self._auth = ThreadAuthenticator(self._context)
+        self._socket = self._bind(store, keys)
+        self.store = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._thread = threading.Thread(target=self._run, name="wsync-coordinator", daemon=True)
+        self._thread.start()
+
+    def _bind(self, store: str, keys: CurveKeys) -> zmq.Socket[bytes]:
+        self._auth.start()
+        self._auth.configure_curve_callback(domain="*", credentials_provider=_OneKey(keys.client_public))
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        socket.curve_server = True
+        socket.curve_secretkey = keys.server_secret
+        socket.curve_publickey = keys.server_public
+        self._monitor = socket.get_monitor_socket(_HANDSHAKE_FAILURES)
+        try:
+            socket.bind(store)
+        except zmq.ZMQError as e:
+            socket.disable_monitor()
+            socket.close(linger=0)
+            self._auth.stop()
+            self._context.destroy(linger=0)
+            raise ConnectError(
+                f"the store cannot be bound to {store}: {e}", hint="is another trainer using this port?"
+            ) from e
+        return socket
+
+    def close(self) -> None:
+        """Stop serving. May be called twice."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._thread.join(timeout=5)
+        self._auth.stop()
+        self._context.destroy(linger=500)
+
+    # ---- the loop
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        next_check = time.monotonic() + _LIVENESS_S
+        while not self._stopping.is_set():
+            events = dict(poller.poll(int(_TICK_S * 1000)))
+            if self._monitor in events:
+                self._monitor.recv_multipart()
+                self._members.handshake_failures += 1
+            if self._socket in events:
+                self._receive_all()
+            now = time.monotonic()
+            if now >= next_check:
+                self._check_liveness(now)
+                next_check = now + _LIVENESS_S
+            self._advance(now)
+        self._socket.disable_monitor()
+        self._socket.close()
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            uid = frames[0]
+            try:
+                if len(frames) != 2:
+                    raise WireError(f"a message has {len(frames) - 1} frames, 1 is expected")
+                self._dispatch(uid, decode_to_coordinator(frames[1]))
+            except WsyncError as e:
+                self._refuse(uid, Fault.of(e))
+
+    def _send_uid(self, uid: bytes, message: ToClient) -> None:
+        self._socket.send_multipart([uid, encode_message(message)])
+
+    def _send(self, client: Client, message: ToClient) -> None:
+        self._send_uid(client.uid, message)
+
+    def _refuse(self, uid: bytes, fault: Fault) -> None:
+        self._refused[uid] = fault
+        self._send_uid(uid, Refused(fault))
+        client = self._members.clients.pop(uid, None)
+        if client is not None and client.role == "sink":
+            self._members.refusals[client.name] = fault
+
+    # ---- messages
+
+    def _dispatch(self, uid: bytes, message: ToCoordinator) -> None:
+        if uid in self._refused:
+            if not isinstance(message, Leave):
+                self._send_uid(uid, Refused(self._refused[uid]))
+            return
+        client = self._members.clients.get(uid)
+        if isinstance(message, SourceJoin):
+            self._join_source(uid, message)
+        elif isinstance(message, SinkJoin):
+            self._join_sink(uid, message)
+        elif isinstance(message, Ping):
+            # A rank that is not known here joined an earlier incarnation, or its join is still on its way.
+            self._send_uid(uid, Pong() if client is not None else Rejoin(self.incarnation))
+            if client is not None:
+                client.last_heard = time.monotonic()
+        elif isinstance(message, Leave):
+            if client is not None:
+                self._remove(client, "left")
+        elif client is None:
+            self._send_uid(uid, Rejoin(self.incarnation))
+        else:
+            client.last_heard = time.monotonic()
+            self._from_member(client, message)
+
+    def _from_member(self, client: Client, message: ToCoordinator) -> None:
+        if isinstance(message, SinkDescribed):
+            self._described(client, message)
+        elif isinstance(message, PublishRequest):
+            self._requested(client, message)
+        elif isinstance(message, Failed) and message.seq == 0 and client.role == "source" and self._round is None:
+            self._break(message.fault)
+        elif self._round is not None:
+            if isinstance(message, Offer):
+                self._round.offered(client, message)
+            elif isinstance(message, Ready):
+                self._round.became_ready(client, message)
+            elif isinstance(message, (Packed, Flushed, Voted, Installed)):
+                self._round.progressed(client, message)
+            elif isinstance(message, Failed) and message.seq in (0, self._round.seq):
+                self._round.failed(client, message)
+
+    def _join_source(self, uid: bytes, message: SourceJoin) -> None:
+        check_format(message.format_version, f"trainer rank {message.manifest.rank}")
+        if self._broken is not None:
+            raise self._broken.to_error()
+        if message.transport != self._transport:
+            raise StateError(
+                f"trainer rank {message.manifest.rank} wants transport {message.transport!r}, "
+                f"rank 0 wants {self._transport!r}"
+            )
+        try:
+            self._members.add_source(uid, message.manifest)
+            source = self._members.merge_sources()
+        except ManifestError as e:
+            self._break(Fault.of(e))
+            raise
+        if source is not None:
+            for client in self._members.sources.values():
+                self._send(client, Accepted(self.incarnation))
+            for client in self._members.sinks():
+                self._send_names(client)
+
+    def _join_sink(self, uid: bytes, message: SinkJoin) -> None:
+        check_format(message.format_version, f"{message.replica}/{message.rank}")
+        now = time.monotonic()
+        name = f"{message.replica}/{message.rank}"
+        client = Client(uid, name, "sink", message.rank, message.replica, message.world_size, message.info, now)
+        replaced = self._members.add_sink(client)
+        if replaced is not None and replaced.uid != uid:
+            error = StateError(
+                f"{name} was joined by pid {message.info.pid} on {message.info.host}; "
+                f"pid {replaced.info.pid} on {replaced.info.host} is out"
+            )
+            if self._round is not None:
+                self._round.lost(replaced, "was replaced")
+            self._refused[replaced.uid] = Fault.of(error)
+            self._send_uid(replaced.uid, Refused(Fault.of(error)))
+        if self._members.source is not None:
+            self._send_names(client)
+
+    def _send_names(self, client: Client) -> None:
+        source = self._members.source
+        if source is not None:
+            self._send(client, NameTable(self.incarnation, self._members.names_digest, source.tensors))
+
+    def _described(self, client: Client, message: SinkDescribed) -> None:
+        if message.names_digest != self._members.names_digest:
+            self._send_names(client)
+            return
+        client.manifest = message.manifest
+        # Planned alone, so that one engine with another model is refused by name and the others go on.
+        source = self._members.source
+        if source is not None:
+            make_plan(source, sink_manifest({client.replica: [client]}), None, self._options)
+        self._send(client, Accepted(self.incarnation))
+
+    def _requested(self, client: Client, message: PublishRequest) -> None:
+        if self._broken is not None:
+            self._send(client, Refused(self._broken))
+            return
+        now = time.monotonic()
+        target = self._round
+        if target is None:
+            target = self._round = self._new_round(now)
+        elif client.rank in target.requests or target.state != "gather":
+            target = self._next = self._next or self._new_round(now)
+        target.request(client.rank, message, now)
+        if target is self._next and target.all_requested and self._round is not None:
+            self._round.supersede(message.version)
+
+    def _new_round(self, now: float) -> Round:
+        self._seq += 1
+        transport = self._transport
+        if transport == "auto":
+            clients = self._members.clients.values()
+            transport = self._choose_transport([c.info.host for c in clients])
+        return Round(
+            self._seq,
+            self._members,
+            self._epoch,
+            self._send,
+            transport=transport,
+            cluster=self._cluster,
+            options=self._options,
+            now=now,
+        )
+
+    # ---- time
+
+    def _advance(self, now: float) -> None:
+        while self._round is not None:
+            self._round.advance(now)
+            if self._round.state != "over":
+                return
+            fault = self._round.fault
+            self._epoch = self._round.epoch
+            if fault is not None and fault.name == "PeerLostError":
+                self._break(fault)
+            self._round, self._next = self._next, None
+            if self._round is not None:
+                self._round.epoch = self._epoch
+
+    def _check_liveness(self, now: float) -> None:
+        for client in list(self._members.clients.values()):
+            silent = now - client.last_heard
+            if process_is_gone(client.info, self._own):
+                self._remove(client, "died")
+            elif silent > self._peer_timeout_s:
+                self._remove(client, f"went silent for {silent:.1f} s (limit {self._peer_timeout_s:g} s)")
+
+    def _remove(self, client: Client, why: str) -> None:
+        self._members.clients.pop(client.uid, None)
+        if self._round is not None and not (client.role == "source" and why == "left" and self._round.state == "over"):
+            self._round.lost(client, why)
+        elif client.role == "source" and why != "left":
+            self._break(Fault.of(PeerLostError(f"{client.name} (pid {client.info.pid} on {client.info.host}) {why}")))
+
+    def _break(self, fault: Fault) -> None:
+        """The trainer side cannot go on: every trainer rank is told, engines keep what they serve."""
+        self._broken = fault
+        for client in list(self._members.sources.values()):
+            self._refuse(client.uid, fault)

@@ -1,0 +1,94 @@
+"""An epoch: one membership, the plan that all its ranks hold, and how far they are with setting it up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from wsync.errors import ConfigError
+from wsync.plan import make_plan, plan_digest, sink_slice, source_slice
+from wsync.plan.types import Plan, PlanOptions
+from wsync.session.membership import Client, Membership, sink_manifest
+from wsync.session.messages import Connect, Setup, ToClient
+from wsync.spec.cluster import Cluster
+from wsync.spec.serde import encode
+
+Outbox = Callable[[Client, ToClient], None]
+"""Queues a message for a client."""
+
+
+@dataclasses.dataclass
+class Epoch:
+    """A plan that all members hold, and how far they are with it.
+
+    Attributes:
+        number: grows with every change of membership.
+        plan, digest: what everybody holds.
+        sources: trainer ranks in order.
+        replicas: engine ranks by replica, in the plan's order.
+        offers: of the ranks that compiled their slice.
+        ready: ranks that reached every end.
+    """
+
+    number: int
+    plan: Plan
+    digest: str
+    sources: list[Client]
+    replicas: dict[str, list[Client]]
+    offers: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
+    ready: set[bytes] = dataclasses.field(default_factory=set)
+
+    @property
+    def sinks(self) -> list[Client]:
+        """Engine ranks in the plan's order."""
+        return [c for ranks in self.replicas.values() for c in ranks]
+
+    @property
+    def clients(self) -> list[Client]:
+        """All members, trainer ranks first."""
+        return self.sources + self.sinks
+
+    def is_of(self, replicas: dict[str, list[Client]]) -> bool:
+        """Whether the epoch has exactly these replicas, and everybody is ready."""
+        same = {n: [c.uid for c in r] for n, r in replicas.items()} == {
+            n: [c.uid for c in r] for n, r in self.replicas.items()
+        }
+        return same and self.ready >= {c.uid for c in self.clients}
+
+    def send_setup(self, send: Outbox, transport: str) -> None:
+        """Give every rank its slice."""
+        num_sources = len(self.sources)
+        for rank, client in enumerate(self.sources):
+            slice_ = encode(source_slice(self.plan, rank))
+            send(client, Setup(self.number, self.digest, transport, num_sources, slice_))
+        for idx, client in enumerate(self.sinks):
+            send(client, Setup(self.number, self.digest, transport, num_sources, encode(sink_slice(self.plan, idx))))
+
+    def send_connect(self, send: Outbox) -> None:
+        """Give every rank everybody's offers."""
+        connect = Connect(
+            self.number,
+            tuple(self.offers[c.uid] for c in self.sources),
+            tuple(self.offers[c.uid] for c in self.sinks),
+        )
+        for client in self.clients:
+            send(client, connect)
+
+
+def new_epoch(
+    number: int,
+    members: Membership,
+    replicas: dict[str, list[Client]],
+    cluster: Cluster | None,
+    options: PlanOptions | None,
+) -> Epoch:
+    """Plan for these replicas.
+
+    Raises:
+        ConfigError: the plan cannot be made.
+    """
+    if members.source is None:
+        raise ConfigError("no trainer manifest")
+    plan = make_plan(members.source, sink_manifest(replicas), cluster, options)
+    sources = [client for _, client in sorted(members.sources.items())]
+    return Epoch(number, plan, plan_digest(plan), sources, replicas)

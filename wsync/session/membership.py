@@ -1,0 +1,143 @@
+"""Who takes part: trainer ranks, engine ranks, and the replicas that these form."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from wsync.errors import ConfigError, ManifestError
+from wsync.session.messages import Fault
+from wsync.spec.manifest import (
+    RankInfo,
+    SinkManifest,
+    SinkRankManifest,
+    SourceManifest,
+    SourceRankManifest,
+    merge_source,
+)
+from wsync.spec.serde import digest_of
+
+
+@dataclasses.dataclass(eq=False)
+class Client:
+    """One connected rank, as the coordinator sees it."""
+
+    uid: bytes
+    name: str
+    role: str
+    rank: int
+    replica: str
+    world_size: int
+    info: RankInfo
+    last_heard: float
+    manifest: SinkRankManifest | None = None
+
+
+class Membership:
+    """The tables of clients. Pure bookkeeping: no sockets."""
+
+    def __init__(self, num_sources: int) -> None:
+        self.num_sources = num_sources
+        self.clients: dict[bytes, Client] = {}
+        self.source_parts: dict[int, SourceRankManifest] = {}
+        self.source: SourceManifest | None = None
+        self.names_digest = ""
+        self.refusals: dict[str, Fault] = {}
+        self.handshake_failures = 0
+
+    # ---- trainer ranks
+
+    @property
+    def sources(self) -> dict[int, Client]:
+        """Trainer ranks by rank."""
+        return {c.rank: c for c in self.clients.values() if c.role == "source"}
+
+    def add_source(self, uid: bytes, manifest: SourceRankManifest) -> Client:
+        """A trainer rank joined.
+
+        Raises:
+            ManifestError: a rank or world size that does not fit the others.
+        """
+        rank, world_size = manifest.rank, manifest.world_size
+        if world_size != self.num_sources:
+            raise ManifestError(f"trainer rank {rank} says world size {world_size}, rank 0 says {self.num_sources}")
+        if rank in self.source_parts:
+            other = self.source_parts[rank].info
+            raise ManifestError(
+                f"two processes join as trainer rank {rank}: pid {other.pid} on {other.host} "
+                f"and pid {manifest.info.pid} on {manifest.info.host}"
+            )
+        client = Client(uid, f"trainer/{rank}", "source", rank, "", world_size, manifest.info, time.monotonic())
+        self.clients[uid] = client
+        self.source_parts[rank] = manifest
+        return client
+
+    def merge_sources(self) -> SourceManifest | None:
+        """The source manifest, once all trainer ranks are there.
+
+        Raises:
+            ManifestError: the ranks describe different models.
+        """
+        if self.source is None and len(self.source_parts) == self.num_sources:
+            self.source = merge_source(list(self.source_parts.values()))
+            self.names_digest = digest_of(self.source.tensors)
+        return self.source
+
+    # ---- engine ranks
+
+    def add_sink(self, client: Client) -> Client | None:
+        """An engine rank asked for the name table. Returns the client that it replaces (a restarted process), if any.
+
+        Raises:
+            ConfigError: its rank or world size does not fit the replica's other ranks.
+        """
+        if not 0 <= client.rank < client.world_size:
+            raise ConfigError(
+                f"replica {client.replica!r}: rank {client.rank} is not below world size {client.world_size}"
+            )
+        replaced = None
+        for other in self.sinks(client.replica):
+            if other.rank == client.rank:
+                replaced = other
+            elif other.world_size != client.world_size:
+                raise ConfigError(
+                    f"replica {client.replica!r}: rank {client.rank} says world size {client.world_size}, "
+                    f"rank {other.rank} says {other.world_size}"
+                )
+        if replaced is not None:
+            del self.clients[replaced.uid]
+        self.clients[client.uid] = client
+        self.refusals.pop(client.name, None)
+        return replaced
+
+    def sinks(self, replica: str | None = None) -> list[Client]:
+        """Engine ranks, of one replica or of all, by replica and rank."""
+        found = [c for c in self.clients.values() if c.role == "sink" and replica in (None, c.replica)]
+        return sorted(found, key=lambda c: (c.replica, c.rank))
+
+    def complete_replicas(self) -> dict[str, list[Client]]:
+        """Replicas all of whose ranks are described, by name."""
+        replicas: dict[str, list[Client]] = {}
+        for client in self.sinks():
+            if client.manifest is not None:
+                replicas.setdefault(client.replica, []).append(client)
+        return {name: ranks for name, ranks in sorted(replicas.items()) if len(ranks) == ranks[0].world_size}
+
+    def describe_missing(self) -> str:
+        """One phrase on what the replicas lack, for messages."""
+        parts = []
+        replicas = {c.replica: c.world_size for c in self.sinks()}
+        for name, world_size in sorted(replicas.items()):
+            there = [c.rank for c in self.sinks(name) if c.manifest is not None]
+            missing = sorted(set(range(world_size)) - set(there))
+            if missing:
+                parts.append(f"replica {name!r} lacks ranks {missing} of {world_size}")
+        parts += [f"{name} was refused: {fault.message}" for name, fault in sorted(self.refusals.items())]
+        if self.handshake_failures:
+            parts.append(f"{self.handshake_failures} connections with another key were turned away")
+        return "; ".join(parts) or "no engine rank has joined"
+
+
+def sink_manifest(replicas: dict[str, list[Client]]) -> SinkManifest:
+    """The manifest of these replicas, in the plan's order of sinks."""
+    return SinkManifest(tuple(c.manifest for ranks in replicas.values() for c in ranks if c.manifest is not None))

@@ -1,0 +1,394 @@
+"""One publish, as the coordinator drives it: gather, set up an epoch where needed, run, decide per replica, finish.
+
+    gather -> offers -> ready -> running -> over
+      ^________|__________|   (a rank that is lost or too slow before anything moved: plan without its replica)
+
+Pure state: it is told what happened and says what to send through `Outbox`; the coordinator owns sockets and time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from wsync.errors import CommitError, ConfigError, DeadlineError, PeerLostError, WsyncError
+from wsync.plan.types import PlanOptions
+from wsync.session.epoch import Epoch, Outbox, new_epoch
+from wsync.session.membership import Client, Membership
+from wsync.session.messages import (
+    Aborted,
+    Begin,
+    Decide,
+    Failed,
+    Fault,
+    Finished,
+    Flushed,
+    Installed,
+    Offer,
+    Packed,
+    PublishRequest,
+    RankStamps,
+    Ready,
+    ReplicaCommitted,
+    Stamp,
+    Voted,
+)
+from wsync.spec.cluster import Cluster
+from wsync.spec.dtypes import itemsize
+
+COMMITTED = "committed"
+OLD_VERSION = "old version serving"
+POISONED = "poisoned"
+
+
+@dataclasses.dataclass
+class ReplicaState:
+    """How far one replica is with the version."""
+
+    voted: set[int] = dataclasses.field(default_factory=set)
+    installed: set[int] = dataclasses.field(default_factory=set)
+    decided: bool = False
+    outcome: str = ""
+    fault: Fault | None = None
+
+
+class Round:
+    """The state of one publish.
+
+    Args:
+        seq: number of the round, never used twice.
+        members: who is there.
+        epoch: the one of the last round, or None.
+        send: queues a message for a client.
+        now: the monotonic time.
+    """
+
+    def __init__(
+        self,
+        seq: int,
+        members: Membership,
+        epoch: Epoch | None,
+        send: Outbox,
+        *,
+        transport: str,
+        cluster: Cluster | None,
+        options: PlanOptions | None,
+        now: float,
+    ) -> None:
+        self.seq = seq
+        self.members = members
+        self.epoch = epoch
+        self.state = "gather"
+        self.transport = transport
+        self._cluster = cluster
+        self._options = options
+        self._send = send
+        self.began = now
+        self.deadline = float("inf")
+        self.requests: dict[int, PublishRequest] = {}
+        self.replicas: dict[str, ReplicaState] = {}
+        self.packed: set[int] = set()
+        self.flushed: set[int] = set()
+        self.stamps: dict[str, list[Stamp]] = {}
+        self.excluded: dict[str, Fault] = {}
+        self.fault: Fault | None = None
+
+    # ---- what is known of the request
+
+    @property
+    def version(self) -> int:
+        return next(iter(self.requests.values())).version if self.requests else 0
+
+    @property
+    def needed(self) -> int:
+        return max([1, *(r.min_replicas for r in self.requests.values())])
+
+    def request(self, rank: int, request: PublishRequest, now: float) -> None:
+        """A trainer rank entered publish."""
+        self.requests[rank] = request
+        self.deadline = min(self.deadline, now + request.deadline_s)
+        versions = {r: q.version for r, q in sorted(self.requests.items())}
+        if len(set(versions.values())) > 1:
+            self.fail(ConfigError(f"trainer ranks publish different versions: {versions} (rank: version)"))
+
+    @property
+    def all_requested(self) -> bool:
+        return len(self.requests) == self.members.num_sources
+
+    # ---- progress
+
+    def advance(self, now: float) -> None:
+        """Do whatever can be done now."""
+        if self.state == "gather":
+            self._gather(now)
+        if self.state == "offers":
+            self._collect_offers(now)
+        if self.state == "ready":
+            self._collect_ready(now)
+        if self.state == "running":
+            self._decide()
+            if now > self.deadline:
+                self._expire()
+            self._finish_if_over()
+        elif self.state != "over" and now > self.deadline:
+            self.fail(DeadlineError(self._late_message(now)))
+
+    @property
+    def _epoch_clients(self) -> list[Client]:
+        return self.epoch.clients if self.epoch else []
+
+    def _ranks(self, replica: str) -> list[Client]:
+        return self.epoch.replicas.get(replica, []) if self.epoch else []
+
+    def _candidates(self) -> dict[str, list[Client]]:
+        return {n: r for n, r in self.members.complete_replicas().items() if n not in self.excluded}
+
+    def _gather(self, now: float) -> None:
+        if not self.all_requested:
+            return
+        replicas = self._candidates()
+        if len(replicas) < self.needed:
+            refused = next(iter(self.members.refusals.values()), None)
+            if refused is not None:
+                self.fail(refused.to_error())
+            return
+        if self.epoch is not None and self.epoch.is_of(replicas):
+            self._begin(now)
+            return
+        try:
+            number = self.epoch.number + 1 if self.epoch else 1
+            self.epoch = new_epoch(number, self.members, replicas, self._cluster, self._options)
+        except WsyncError as e:
+            self.fail(e)
+            return
+        self.epoch.send_setup(self._send, self.transport)
+        self.state = "offers"
+
+    def _collect_offers(self, now: float) -> None:
+        epoch = self.epoch
+        if epoch is not None and self._all_answered(epoch, set(epoch.offers), now):
+            epoch.send_connect(self._send)
+            self.state = "ready"
+
+    def _collect_ready(self, now: float) -> None:
+        epoch = self.epoch
+        if epoch is not None and self._all_answered(epoch, epoch.ready, now):
+            self._begin(now)
+
+    def _all_answered(self, epoch: Epoch, answered: set[bytes], now: float) -> bool:
+        """Whether all did; past half the time, go on without the replicas that did not, where enough are left."""
+        waiting = [c for c in epoch.clients if c.uid not in answered]
+        if not waiting:
+            return True
+        late = {c.replica for c in waiting if c.role == "sink"}
+        past_half = now > self.began + (self.deadline - self.began) / 2
+        if past_half and len(late) == len({c.replica or c.name for c in waiting}):
+            left = set(self._candidates()) - late
+            if len(left) >= self.needed:
+                for name in late:
+                    self.exclude(
+                        name, DeadlineError(f"replica {name!r} did not set up in time (is it in Sink.prepare?)")
+                    )
+        return False
+
+    def _begin(self, now: float) -> None:
+        epoch = self.epoch
+        if epoch is None:
+            return
+        self.replicas = {name: ReplicaState() for name in epoch.replicas}
+        begin = Begin(self.seq, self.version, epoch.number, epoch.digest, max(self.deadline - now, 0.0))
+        for client in epoch.clients:
+            self._send(client, begin)
+        self.state = "running"
+
+    def exclude(self, replica: str, error: WsyncError) -> None:
+        """Go on without a replica: before anything moved this means a new plan, later that it is dropped."""
+        if self.state == "running":
+            self.drop(replica, Fault.of(error))
+            return
+        self.excluded[replica] = Fault.of(error)
+        if self.state in ("offers", "ready"):
+            for client in self.members.sinks(replica):
+                self._send(client, Aborted(self.seq, Fault.of(error)))
+            self.state = "gather"
+
+    # ---- events
+
+    def offered(self, client: Client, message: Offer) -> None:
+        """A rank compiled its slice."""
+        if self.epoch and message.epoch == self.epoch.number:
+            self.epoch.offers[client.uid] = message.offer
+
+    def became_ready(self, client: Client, message: Ready) -> None:
+        """A rank reached all ends."""
+        if self.epoch and message.epoch == self.epoch.number:
+            self.epoch.ready.add(client.uid)
+
+    def record(self, client: Client, stamps: tuple[Stamp, ...]) -> None:
+        """Keep a rank's phases for the report."""
+        self.stamps.setdefault(client.name, []).extend(stamps)
+
+    def progressed(self, client: Client, message: Packed | Flushed | Voted | Installed) -> None:
+        """A rank got further with the version."""
+        if message.seq != self.seq or self.state != "running":
+            return
+        self.record(client, message.stamps)
+        if isinstance(message, Packed):
+            self.packed.add(client.rank)
+        elif isinstance(message, Flushed):
+            self.flushed.add(client.rank)
+        else:
+            state = self.replicas.get(client.replica)
+            if state is None or state.outcome:
+                return
+            (state.voted if isinstance(message, Voted) else state.installed).add(client.rank)
+            self._confirm(client.replica, state)
+
+    def _confirm(self, replica: str, state: ReplicaState) -> None:
+        ranks = self._ranks(replica)
+        if len(state.installed) == len(ranks):
+            state.outcome = COMMITTED
+            for client in ranks:
+                self._send(client, ReplicaCommitted(self.seq))
+
+    def failed(self, client: Client, message: Failed) -> None:
+        """A rank reported an error."""
+        error = message.fault.to_error()
+        if client.role == "source":
+            self.fail(error)
+        elif self.state == "running":
+            self.drop(client.replica, message.fault)
+        else:
+            self.exclude(client.replica, error)
+
+    def lost(self, client: Client, why: str) -> None:
+        """A rank died or went silent."""
+        error = PeerLostError(
+            f"{client.name} (pid {client.info.pid} on {client.info.host}) {why} in phase {self.state!r}"
+        )
+        if client.role == "source":
+            self.fail(error)
+        elif self.epoch and client.replica in self.epoch.replicas:
+            self.exclude(client.replica, error)
+
+    def supersede(self, version: int) -> None:
+        """A newer publish came: replicas that are not decided keep what they have."""
+        fault = Fault("CommitError", f"version {self.version} was superseded by version {version}")
+        for name, state in self.replicas.items():
+            if not state.decided and not state.outcome:
+                self.drop(name, fault, superseded=True)
+        self._finish_if_over()
+
+    # ---- ends
+
+    def drop(self, replica: str, fault: Fault, *, superseded: bool = False) -> None:
+        """One replica does not get the version. Poisoned if it may have begun to install."""
+        state = self.replicas.get(replica)
+        if state is None or state.outcome:
+            return
+        state.outcome = POISONED if state.decided else OLD_VERSION
+        state.fault = fault
+        for client in self._ranks(replica):
+            self._send(client, Aborted(self.seq, fault, superseded))
+
+    def fail(self, error: WsyncError) -> None:
+        """The publish is over for everybody but the replicas that are decided."""
+        if self.state == "over":
+            return
+        self.fault = self.fault or Fault.of(error)
+        if self.state == "running":
+            for name, state in self.replicas.items():
+                if not state.decided:
+                    self.drop(name, self.fault)
+            self._finish_if_over()
+        else:
+            for client in self._epoch_clients if self.state != "gather" else []:
+                if client.role == "sink":
+                    self._send(client, Aborted(self.seq, self.fault))
+            self._finish()
+
+    def _decide(self) -> None:
+        if len(self.packed) < self.members.num_sources or self.fault is not None:
+            return
+        for name, state in self.replicas.items():
+            ranks = self._ranks(name)
+            if not state.decided and not state.outcome and len(state.voted) == len(ranks):
+                state.decided = True
+                for client in ranks:
+                    self._send(client, Decide(self.seq))
+
+    def _expire(self) -> None:
+        late = DeadlineError(self._late_message(self.deadline))
+        for name, state in self.replicas.items():
+            if not state.outcome:
+                self.drop(name, Fault.of(late))
+        if len(self.flushed) < self.members.num_sources and self.fault is None:
+            self.fault = Fault.of(late)
+
+    def _late_message(self, now: float) -> str:
+        seconds = f"{self.deadline - self.began:.1f} s"
+        if not self.all_requested:
+            missing = sorted(set(range(self.members.num_sources)) - set(self.requests))
+            return f"trainer ranks {missing} did not call publish(version={self.version}) within {seconds}"
+        if self.state == "gather":
+            return (
+                f"publish(version={self.version}) needs {self.needed} complete replicas and has "
+                f"{len(self._candidates())} after {seconds}: {self.members.describe_missing()}"
+            )
+        if self.state in ("offers", "ready") and self.epoch:
+            answered = set(self.epoch.offers) if self.state == "offers" else self.epoch.ready
+            waiting = [c.name for c in self._epoch_clients if c.uid not in answered]
+            return f"setting up for version {self.version} took over {seconds}: waiting for {', '.join(waiting)}"
+        behind = [f"trainer/{r}" for r in range(self.members.num_sources) if r not in self.packed]
+        for name, state in self.replicas.items():
+            if not state.outcome:
+                done = state.installed if state.decided else state.voted
+                ranks = self._ranks(name)
+                behind += [
+                    f"{c.name} ({'commit' if state.decided else 'prepare'})" for c in ranks if c.rank not in done
+                ]
+        return f"version {self.version} was not committed within {seconds}: waiting for {', '.join(behind) or 'flush'}"
+
+    def _finish_if_over(self) -> None:
+        if self.state != "running" or not all(s.outcome for s in self.replicas.values()):
+            return
+        if self.fault is None and len(self.flushed) < self.members.num_sources:
+            return
+        self._finish()
+
+    def _finish(self) -> None:
+        self.state = "over"
+        committed = tuple(n for n, s in self.replicas.items() if s.outcome == COMMITTED)
+        dropped = {
+            n: s.fault or Fault("CommitError", "dropped") for n, s in self.replicas.items() if s.outcome != COMMITTED
+        }
+        outcomes = {n: s.outcome for n, s in self.replicas.items()} | dict.fromkeys(self.excluded, OLD_VERSION)
+        dropped |= self.excluded
+        fault = self.fault
+        if fault is None and len(committed) < self.needed:
+            fault = self._below_minimum(committed, dropped)
+        plan = self.epoch.plan if self.epoch else None
+        source = self.members.source
+        finished = Finished(
+            self.seq,
+            committed,
+            dropped,
+            outcomes,
+            fault,
+            wire_bytes=plan.wire_bytes if plan else 0,
+            logical_bytes=sum(
+                itemsize(t.dtype) * math.prod(t.shape) for t in (source.tensors if source else ()) if t.alias_of is None
+            ),
+            sink_bytes=sum(p.nbytes * len(b.sinks) for b in plan.buckets for p in b.pieces) if plan else 0,
+            staging_bytes=len(plan.buckets) * plan.bucket_bytes if plan else 0,
+            ranks=tuple(RankStamps(name, tuple(stamps)) for name, stamps in sorted(self.stamps.items())),
+        )
+        for client in self.members.sources.values():
+            self._send(client, finished)
+
+    def _below_minimum(self, committed: tuple[str, ...], dropped: dict[str, Fault]) -> Fault:
+        why = "; ".join(f"{name}: {fault.message}" for name, fault in sorted(dropped.items()))
+        error = CommitError(
+            f"version {self.version} was committed by {len(committed)} replicas, {self.needed} are needed ({why})"
+        )
+        return Fault.of(error)

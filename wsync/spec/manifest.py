@@ -1,0 +1,165 @@
+"""Manifests: the complete typed description of one side's tensors and boxes. No addresses, no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+from wsync.errors import ManifestError
+from wsync.spec.box import Box
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor of the trainer's model, by its checkpoint name.
+
+    Attributes:
+        name: checkpoint name.
+        shape: global shape in elements.
+        dtype: torch name of what the trainer holds (``float32`` for f32 masters).
+        kind: ``"parameter"`` or ``"buffer"``.
+        frozen: the trainer does not change it.
+        alias_of: name of the tensor whose memory this one shares (tied weights), or None. Sent once, under that name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str = "parameter"
+    frozen: bool = False
+    alias_of: str | None = None
+
+
+class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one rank runs.
+
+    Attributes:
+        host: identity of the machine (two ranks with equal ``host`` can share memory).
+        pid: its process.
+    """
+
+    host: str
+    pid: int = 0
+
+
+class SourceRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one trainer rank holds.
+
+    Attributes:
+        rank, world_size: as in torch.distributed.
+        info: where it runs.
+        tensors: every tensor of the model, the same tuple on every rank, in one order.
+        shards: for each tensor (same order) the boxes that this rank holds; aliases hold none.
+    """
+
+    rank: int
+    world_size: int
+    info: RankInfo
+    tensors: tuple[TensorSpec, ...]
+    shards: tuple[tuple[Box, ...], ...]
+
+
+class SourceManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all trainer ranks hold.
+
+    Attributes:
+        ranks: where each rank runs.
+        tensors: every tensor of the model.
+        shards: ``shards[tensor_idx][rank]`` are the boxes of that tensor on that rank.
+    """
+
+    ranks: tuple[RankInfo, ...]
+    tensors: tuple[TensorSpec, ...]
+    shards: tuple[tuple[tuple[Box, ...], ...], ...]
+
+
+class StorageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One piece of live engine memory that copies write into: a parameter or buffer.
+
+    Attributes:
+        name: the engine's own name.
+        dtype: torch name.
+        num_elements: elements of the underlying storage that a copy may address.
+    """
+
+    name: str
+    dtype: str
+    num_elements: int
+
+
+class CopySpec(msgspec.Struct, frozen=True, array_like=True):
+    """One recorded copy: a box of a recipe's part goes to strided engine memory.
+
+    Attributes:
+        tensor: checkpoint name of the tensor, as in the source's name table.
+        role: which part of the tensor's recipe, ``"weight"`` or ``"scale"``.
+        box: in the part's own coordinates.
+        storage_idx: index into `SinkRankManifest.storages`.
+        dst_offset: element of the storage that the box's first element goes to.
+        dst_strides: elements, one for each dimension of the box.
+    """
+
+    tensor: str
+    role: str
+    box: Box
+    storage_idx: int
+    dst_offset: int
+    dst_strides: tuple[int, ...]
+
+
+class SinkRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one engine rank needs, and where it goes.
+
+    Attributes:
+        replica: name of the replica.
+        rank, world_size: within the replica.
+        info: where it runs.
+        recipes: checkpoint name -> recipe, for every tensor that this rank takes.
+        storages: the live memory that is written.
+        copies: every recorded copy.
+    """
+
+    replica: str
+    rank: int
+    world_size: int
+    info: RankInfo
+    recipes: dict[str, str]
+    storages: tuple[StorageSpec, ...]
+    copies: tuple[CopySpec, ...]
+
+
+class SinkManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all engine ranks of all replicas need. The order is that of the plan's sink indices."""
+
+    ranks: tuple[SinkRankManifest, ...]
+
+
+def merge_source(parts: list[SourceRankManifest]) -> SourceManifest:
+    """Join the ranks' manifests, in order of rank.
+
+    Raises:
+        ManifestError: ranks are missing or twice, or describe different tensors; the first difference is named.
+    """
+    if not parts:
+        raise ManifestError("a source needs at least one rank, got 0")
+    by_rank = sorted(parts, key=lambda p: p.rank)
+    world_size = by_rank[0].world_size
+    ranks = [p.rank for p in by_rank]
+    if ranks != list(range(world_size)):
+        raise ManifestError(f"a source of world size {world_size} needs ranks 0 to {world_size - 1}, got {ranks}")
+    first = by_rank[0]
+    for part in by_rank[1:]:
+        if part.world_size != world_size:
+            raise ManifestError(f"rank 0 says world size {world_size}, rank {part.rank} says {part.world_size}")
+        if part.tensors != first.tensors:
+            raise ManifestError(_first_difference(first, part))
+    shards = tuple(tuple(p.shards[i] for p in by_rank) for i in range(len(first.tensors)))
+    return SourceManifest(tuple(p.info for p in by_rank), first.tensors, shards)
+
+
+def _first_difference(a: SourceRankManifest, b: SourceRankManifest) -> str:
+    for x, y in zip(a.tensors, b.tensors, strict=False):
+        if x != y:
+            return f"ranks describe different tensors: rank {a.rank} has {x}, rank {b.rank} has {y}"
+    return (
+        f"ranks describe different numbers of tensors: rank {a.rank} has {len(a.tensors)}, "
+        f"rank {b.rank} has {len(b.tensors)}"
+    )

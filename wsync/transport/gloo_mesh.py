@@ -1,0 +1,208 @@
+"""Messages between ranks over a gloo process group of our own: posted ahead, awaited by helper threads.
+
+What shaped it (gloo over TCP, as torch ships it):
+
+- ``work.wait(timeout)`` closes every connection of the group when it times out, and ``is_completed()`` stays false for
+  point-to-point work until somebody waited. So a helper thread per peer and direction waits without a timeout, and
+  callers wait on a condition variable, with deadlines of their own that harm nobody.
+- A posted receive cannot be taken back, and a later receive with the same tag would get the message meant for it. So a
+  receive that a failed version left behind stays posted: it is simply the next message of that stream, and the trailer
+  says which version it belongs to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+
+from wsync.errors import PeerLostError
+from wsync.transport.buffers import Bytes
+from wsync.transport.waiting import Patience
+
+TRAILER_BYTES = 16
+"""A message ends with the version and the digest, u64 each, little endian."""
+
+_FOREVER = timedelta(days=365)
+
+
+class Message:
+    """Fixed memory for one stream of messages: content, then trailer.
+
+    Attributes:
+        transfer: the last one posted from or into this memory, or None.
+    """
+
+    def __init__(self, memory: Bytes) -> None:
+        """``memory`` holds content and trailer; it is neither copied nor resized."""
+        self.tensor = torch.from_numpy(memory)
+        self.num_bytes = int(memory.size) - TRAILER_BYTES
+        self._trailer = memory[-TRAILER_BYTES:].view("<u8")
+        self.transfer: Transfer | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody reads or writes this memory."""
+        return self.transfer is None or self.transfer.finished
+
+    @property
+    def version(self) -> int:
+        return int(self._trailer[0])
+
+    @property
+    def digest(self) -> int:
+        return int(self._trailer[1])
+
+    def seal(self, version: int, digest: int) -> None:
+        """Write the trailer."""
+        self._trailer[0] = np.uint64(version)
+        self._trailer[1] = np.uint64(digest)
+
+
+class Transfer:
+    """One message on its way.
+
+    Attributes:
+        finished: it arrived, was handed to the network, or failed.
+        error: what gloo said, or an empty string.
+    """
+
+    __slots__ = ("error", "finished", "inbox", "key", "peer", "work")
+
+    def __init__(self, peer: int, key: int, inbox: deque[Transfer] | None) -> None:
+        self.peer = peer
+        self.key = key
+        self.inbox = inbox
+        self.work: Any = None
+        self.finished = False
+        self.error = ""
+
+
+class _Lane:
+    """Waits for the transfers with one peer in one direction, in order of posting."""
+
+    def __init__(self, mesh: Mesh, name: str) -> None:
+        self._mesh = mesh
+        self._queue: deque[Transfer | None] = deque()
+        self._posted = threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def submit(self, transfer: Transfer | None) -> None:
+        """None ends the thread."""
+        self._queue.append(transfer)
+        self._posted.release()
+
+    def _run(self) -> None:
+        while True:
+            self._posted.acquire()
+            transfer = self._queue.popleft()
+            if transfer is None:
+                return
+            try:
+                transfer.work.wait(_FOREVER)
+            except RuntimeError as error:
+                transfer.error = _first_line(error)
+            self._mesh.finish(transfer)
+
+
+class Mesh:
+    """The ends of one group, by index: trainer ranks first, then sinks. Calls come from one thread."""
+
+    def __init__(self, group: Any, store: Any, labels: Sequence[str]) -> None:
+        self._group: Any = group
+        self._store: Any = store  # rank 0's is the server
+        self._labels = labels
+        self._lanes: dict[tuple[int, str], _Lane] = {}
+        self._changed = threading.Condition()
+        self._pending: set[Transfer] = set()
+
+    def post_send(self, peer: int, tag: int, message: Message) -> Transfer:
+        """Start sending; the message's memory must not change until it is idle."""
+        return self._post("out", peer, tag, message, None)
+
+    def post_receive(self, peer: int, tag: int, message: Message, inbox: deque[Transfer] | None = None) -> Transfer:
+        """Start receiving; the finished transfer (its ``key`` is the tag) is appended to ``inbox``."""
+        return self._post("in", peer, tag, message, inbox)
+
+    def _post(self, way: str, peer: int, tag: int, message: Message, inbox: deque[Transfer] | None) -> Transfer:
+        transfer = Transfer(peer, tag, inbox)
+        if way == "in":
+            message.transfer = transfer
+        start = self._group.send if way == "out" else self._group.recv
+        with self._changed:
+            self._pending.add(transfer)
+        try:
+            transfer.work = start([message.tensor], peer, tag)
+        except RuntimeError as error:
+            transfer.error = _first_line(error)
+            self.finish(transfer)
+            return transfer
+        lane = self._lanes.get((peer, way))
+        if lane is None:
+            lane = self._lanes[peer, way] = _Lane(self, f"wsync-gloo-{way}-{peer}")
+        lane.submit(transfer)
+        return transfer
+
+    def finish(self, transfer: Transfer) -> None:
+        """Called by lanes."""
+        with self._changed:
+            self._pending.discard(transfer)
+            transfer.work = None
+            transfer.finished = True
+            if transfer.inbox is not None:
+                transfer.inbox.append(transfer)
+            self._changed.notify_all()
+
+    def wait(self, ready: Callable[[], bool], patience: Patience, waited_for: Callable[[], str]) -> None:
+        """Wait until ``ready``, which is called whenever a transfer finished. It may raise."""
+        while True:
+            with self._changed:
+                if ready():
+                    return
+                self._changed.wait(patience.slice_s)
+                if ready():
+                    return
+            patience.check(waited_for)
+
+    def wait_for(self, transfer: Transfer, patience: Patience, waited_for: Callable[[], str]) -> None:
+        """Wait until ``transfer`` finished. Raises `PeerLostError` if it failed."""
+        self.wait(lambda: transfer.finished, patience, waited_for)
+        self.check(transfer, waited_for())
+
+    def check(self, transfer: Transfer, what: str) -> None:
+        """Raise `PeerLostError` if the transfer failed."""
+        if transfer.error:
+            raise PeerLostError(f"{self._labels[transfer.peer]} was lost: {what} ({transfer.error})")
+
+    def label(self, peer: int) -> str:
+        """How messages call this end."""
+        return self._labels[peer]
+
+    def close(self) -> None:
+        """End every wait of this group and give it back. Never waits for a peer."""
+        with self._changed:
+            works = [transfer.work for transfer in self._pending if transfer.work is not None]
+        for work in works:
+            # A wait that times out closes the group's connections, which ends all other waits.
+            try:
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                break
+        for lane in self._lanes.values():
+            lane.submit(None)
+        for lane in self._lanes.values():
+            lane.thread.join(timeout=2.0)
+        self._lanes.clear()
+        works.clear()
+        self._group = None
+        self._store = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].split(". This is typically")[0] if str(error) else type(error).__name__
