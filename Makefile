@@ -63,6 +63,7 @@ bench: setup
 # The record that the README's and the docs' tables come from.
 record: setup
 	$(BIN)/wsync bench e2e --preset qwen3-0.6b --json bench/records/e2e_qwen3_0.6b.json --chart docs/e2e_qwen3_0.6b.png
+	$(BIN)/python -m wsync.bench.markdown bench/records/e2e_qwen3_0.6b.json README.md
 
 dist: setup
 	rm -rf dist

@@ -219,6 +219,7 @@ def live_tensors(engine_model: Any) -> dict[str, torch.Tensor]:
 
 def load_by_name(tensors: Mapping[str, torch.Tensor]) -> LoadWeights:
     """The loader of an engine whose tensors have checkpoint names and whole shapes: one copy each."""
+
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         for name, weight in weights:
             target = tensors.get(name)

@@ -31,7 +31,8 @@ void amax(const AmaxDesc* descs, size_t num_descs, int num_threads, Isa isa, Fir
       const Tile tile = load_tile(matrix, unit, idx, false, k);
       finite = finite && tile.finite;
       for (int b = 0; b < tile.cols.num_blocks; ++b) {
-        raise(d.amax + 4 * static_cast<uint64_t>(tile.block_row * d.amax_stride + tile.block_col + b), tile.max_bits[b]);
+        raise(d.amax + 4 * static_cast<uint64_t>(tile.block_row * d.amax_stride + tile.block_col + b),
+              tile.max_bits[b]);
       }
     }
     if (!finite) bad->report(unit.desc, first_nonfinite(matrix, unit));

@@ -31,7 +31,7 @@ struct TileSink {
   bool counted;
   // The source of the tile that comes next, fetched into the L2 cache meanwhile: the memory would idle otherwise.
   const uint8_t* ahead;
-  int64_t ahead_stride;  // bytes
+  int64_t ahead_stride;   // bytes
   int ahead_block_bytes;  // of one row of one block; 0: nothing to fetch
 };
 

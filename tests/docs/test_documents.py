@@ -65,7 +65,13 @@ def test_the_plain_loop_example_gives_the_engine_the_trainers_weights(tmp_path):
     engine = subprocess.Popen([*command, "engine"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         trainer = subprocess.run(
-            [*command, "trainer"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment, check=True
+            [*command, "trainer"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+            check=True,
         )
         engine_out = engine.communicate(timeout=60)[0]
     finally:
@@ -75,6 +81,15 @@ def test_the_plain_loop_example_gives_the_engine_the_trainers_weights(tmp_path):
     assert len(sums) == 2
     assert sums[0] == sums[1]
     assert trainer.stdout.count("('engine-0',) serve version") == 3
+
+
+def test_the_readmes_table_is_that_of_the_committed_record():
+    from wsync.bench.markdown import load_record, splice, table_of
+
+    record = load_record(ROOT / "bench" / "records" / "e2e_qwen3_0.6b.json")
+    assert record.verdict == "ok"
+    text = (ROOT / "README.md").read_text()
+    assert splice(text, table_of(record)) == text
 
 
 def test_the_example_spends_about_ten_lines_on_wsync():

@@ -229,7 +229,8 @@ def test_every_needed_byte_arrives_once_with_its_value_and_enters_each_node_once
 
 
 @pytest.mark.deep
-@settings(max_examples=3000, deadline=None)
+@pytest.mark.timeout(1200)
+@settings(max_examples=1500, deadline=None)
 @given(SEEDS)
 def test_every_needed_byte_arrives_for_many_more_manifests(seed):
     _, run = run_plan(random_scenario(random.Random(seed), max_tensors=8), seed)

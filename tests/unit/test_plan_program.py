@@ -101,7 +101,8 @@ def run_scales(descs: np.ndarray) -> None:
 
 def run_pack(descs: np.ndarray, bucket: np.ndarray, words_before: int) -> int:
     digest = 0
-    for desc in descs:
+    for desc_idx, desc in enumerate(descs):
+        assert desc["piece_idx"] == desc_idx
         data = packed(desc)
         begin = int(desc["dst_offset"])
         assert begin % 256 == 0

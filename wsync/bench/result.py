@@ -226,7 +226,8 @@ class Collector:
             first, last = span.begin_s - begin, span.end_s - begin
             busy, low, high = phases.get(span.name, (0.0, first, last))
             phases[span.name] = (busy + last - first, min(low, first), max(high, last))
-        return RankRecord(self._name(rank), event.begin_s - begin, event.end_s - begin, phases)
+        rounded = {name: (round(a, 6), round(b, 6), round(c, 6)) for name, (a, b, c) in phases.items()}
+        return RankRecord(self._name(rank), round(event.begin_s - begin, 6), round(event.end_s - begin, 6), rounded)
 
     def _verdict(self, recipe: str, row: str) -> str:
         verdicts = [self._verdict_of(recipe, row, repeat) for repeat in range(WARM_UP, self._options.repeats)]

@@ -22,7 +22,7 @@ from wsync.kernels.ops import (
     unpack,
     zero_digest,
 )
-from wsync.kernels.quantize import dequantize, quantize
+from wsync.kernels.weights import dequantize, quantize
 
 __all__ = [
     "PackResult",

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-import wsync._C as _C
 from wsync.errors import ConfigError
+from wsync.native import load_extension
 from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, UNPACK_DESC
+
+_C = load_extension()
 
 Descriptors = npt.NDArray[np.void]
 """A vector of one of the dtypes of `wsync.plan.descriptors`."""

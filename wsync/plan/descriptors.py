@@ -47,7 +47,7 @@ PACK_DESC = np.dtype(
         ("op", "<i4"),
         ("src_dtype", "<i4"),
         ("elem_bytes", "<i4"),  # bytes of one source element
-        ("piece_idx", "<i4"),  # index into the slice's pieces, for messages
+        ("piece_idx", "<i4"),  # position of this descriptor in its bucket, for messages
     ]
 )
 """Packs one box into a bucket. The fp8 operations quantise ``extent[2] x extent[3]`` matrices, one for each outer

@@ -71,10 +71,7 @@ def compile_sink(slice_: SinkSlice, manifest: SinkRankManifest, storages: Sequen
     """
     _check_storages(manifest, storages)
     compiler = _SinkCompiler(slice_, manifest, storages)
-    buckets, first = [], 0
-    for bucket in slice_.buckets:
-        buckets.append(compiler.bucket(bucket, first))
-        first += len(bucket.pieces)
+    buckets = [compiler.bucket(b) for b in slice_.buckets]
     compiler.check_filled()
     return SinkProgram(
         slice_=slice_,
@@ -115,14 +112,14 @@ class _SinkCompiler:
             by_key.setdefault((name, manifest.recipes[copy.tensor], copy.role), []).append(i)
         self.copies_of = [by_key.get(_part_key(p), []) for p in slice_.parts]
 
-    def bucket(self, bucket: Bucket, first_piece: int) -> DescArray:
+    def bucket(self, bucket: Bucket) -> DescArray:
         rows: list[tuple[object, ...]] = []
         base = bucket.bucket_idx * (self.slice.bucket_bytes // WORD_BYTES)
-        for piece_idx, piece in enumerate(bucket.pieces, first_piece):
-            rows += self._piece(piece, base + piece.offset // WORD_BYTES, piece_idx)
-        return np.array(rows, UNPACK_DESC)
+        for piece in bucket.pieces:
+            rows += self._piece(piece, base + piece.offset // WORD_BYTES)
+        return np.array([(*row, i) for i, row in enumerate(rows)], UNPACK_DESC)
 
-    def _piece(self, piece: Piece, word: int, piece_idx: int) -> Iterable[tuple[object, ...]]:
+    def _piece(self, piece: Piece, word: int) -> Iterable[tuple[object, ...]]:
         part = self.slice.parts[piece.part_idx]
         elem_bytes = itemsize(part.dtype)
         rows: list[tuple[object, ...]] = []
@@ -134,7 +131,7 @@ class _SinkCompiler:
             strides, extents = descriptor_dims(copy.dst_strides, piece.box.shape, part.name)
             counted = UNCOUNTED_WORD if rows else word
             dst = self._address(copy, piece, elem_bytes)
-            rows.append((dst, strides, extents, piece.offset, counted, elem_bytes, piece_idx))
+            rows.append((dst, strides, extents, piece.offset, counted, elem_bytes))
         if not rows:
             raise ManifestError(
                 f"{self.where} receives {piece.box} of {part.name!r}, but none of its {len(self.copies)} copies "

@@ -85,7 +85,7 @@ class SourceProgram:
 
     Attributes:
         slice_: that was compiled.
-        buckets: for each bucket position a contiguous array of PACK_DESC; ``piece_idx`` counts all pieces of the slice.
+        buckets: for each bucket position a contiguous array of PACK_DESC.
         padding: for each bucket position the byte ranges that no piece occupies.
         padding_digests: what they add to the bucket's digest.
         amax_descs: AMAX_DESC of all cut scale blocks; empty if this rank holds none of them.
@@ -102,15 +102,20 @@ class SourceProgram:
     amax_vector: F32Array
     scales: F32Array
     tables: dict[tuple[int, str], ScaleTable]
-    _pieces: list[Piece] = field(repr=False)
     _amax_boxes: list[tuple[int, Box]] = field(repr=False)
 
     def locate(self, bucket_pos: int, desc_idx: int, element: int) -> tuple[str, tuple[int, ...]]:
-        """Name and global index of the ``element``-th value, in packed order, of a descriptor's box."""
-        desc = self.buckets[bucket_pos][desc_idx]
-        piece = self._pieces[int(desc["piece_idx"])]
+        """Name and global index of the ``element``-th value, in packed order, of a descriptor's box.
+
+        Args:
+            bucket_pos: position of the bucket in the slice.
+            desc_idx: of the descriptor in the bucket, which is also its ``piece_idx``.
+            element: within the descriptor's own box.
+        """
+        offset = int(self.buckets[bucket_pos][desc_idx]["dst_offset"])
+        piece = [p for p in self.slice_.buckets[bucket_pos].pieces if p.offset <= offset][-1]
         part = self.slice_.parts[piece.part_idx]
-        element += (int(desc["dst_offset"]) - piece.offset) // itemsize(part.dtype)
+        element += (offset - piece.offset) // itemsize(part.dtype)
         return part.name, _index(piece.box, element)
 
     def locate_amax(self, desc_idx: int, element: int) -> tuple[str, tuple[int, ...]]:
@@ -165,18 +170,13 @@ class _SourceCompiler:
         self.slice = slice_
         self.tensors = tensors
         self.memory = memory
-        self.pieces = [p for b in slice_.buckets for p in b.pieces]
-        self.tables = _lay_out_tables(slice_, self.pieces)
+        self.tables = _lay_out_tables(slice_)
         self.scales = allocate(sum(t.box.num_elements for t in self.tables.values()))
         self.scales.fill(np.nan)
         self.amax_vector = allocate(slice_.amax_elements)
         self.amax_vector.fill(0)
 
     def program(self) -> SourceProgram:
-        buckets, first = [], 0
-        for bucket in self.slice.buckets:
-            buckets.append(self._bucket(bucket, first))
-            first += len(bucket.pieces)
         rows, boxes = [], []
         for region in self.slice.amax_regions:
             for row, box in self._amax(region):
@@ -184,29 +184,28 @@ class _SourceCompiler:
                 boxes.append((region.part_idx, box))
         return SourceProgram(
             slice_=self.slice,
-            buckets=buckets,
+            buckets=[self._bucket(b) for b in self.slice.buckets],
             padding=[padding_ranges(b) for b in self.slice.buckets],
             padding_digests=[padding_digest(b, self.slice.bucket_bytes) for b in self.slice.buckets],
             amax_descs=np.array(rows, AMAX_DESC),
             amax_vector=self.amax_vector,
             scales=self.scales,
             tables=self.tables,
-            _pieces=self.pieces,
             _amax_boxes=boxes,
         )
 
-    def _bucket(self, bucket: Bucket, first_piece: int) -> DescArray:
+    def _bucket(self, bucket: Bucket) -> DescArray:
         base = bucket.bucket_idx * (self.slice.bucket_bytes // WORD_BYTES)
         rows: list[tuple[object, ...]] = []
-        for piece_idx, piece in enumerate(bucket.pieces, first_piece):
+        for piece in bucket.pieces:
             part = self.slice.parts[piece.part_idx]
             if part.role == "scale":
-                rows.append(self._scale(piece, part, base, piece_idx))
+                rows.append(self._scale(piece, part, base))
             elif get_recipe(part.recipe).quantised:
-                rows += self._quantised(piece, part, base, piece_idx)
+                rows += self._quantised(piece, part, base)
             else:
-                rows.append(self._plain(piece, part, base, piece_idx))
-        return np.array(rows, PACK_DESC)
+                rows.append(self._plain(piece, part, base))
+        return np.array([(*row, i) for i, row in enumerate(rows)], PACK_DESC)
 
     def _shard(self, part: WirePart, shard_idx: int, box: Box) -> ShardMemory:
         shards = self.memory[part.tensor_idx]
@@ -226,26 +225,26 @@ class _SourceCompiler:
             raise DtypeMismatchError(f"{part.name!r} is {dtype}, recipe {part.recipe!r} reads {', '.join(_SRC_DTYPE)}")
         return _SRC_DTYPE[dtype], itemsize(dtype)
 
-    def _plain(self, piece: Piece, part: WirePart, base: int, piece_idx: int) -> tuple[object, ...]:
+    def _plain(self, piece: Piece, part: WirePart, base: int) -> tuple[object, ...]:
         shard = self._shard(part, piece.shard_idx, piece.box)
         src_dtype, elem_bytes = self._source_dtype(part)
         op = OP_COPY if part.recipe == "raw" else OP_BF16
         src = _address_in(shard, piece.box.offset, elem_bytes)
         strides, extents = descriptor_dims(shard.strides, piece.box.shape, part.name)
         word = base + piece.offset // WORD_BYTES
-        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, op, src_dtype, elem_bytes, piece_idx)
+        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, op, src_dtype, elem_bytes)
 
-    def _scale(self, piece: Piece, part: WirePart, base: int, piece_idx: int) -> tuple[object, ...]:
+    def _scale(self, piece: Piece, part: WirePart, base: int) -> tuple[object, ...]:
         table = self.tables[(part.tensor_idx, part.recipe)]
         src = self._scale_address(table, piece.box.offset)
         strides, extents = descriptor_dims(table.strides, piece.box.shape, part.name)
         word = base + piece.offset // WORD_BYTES
-        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, OP_COPY, SRC_BYTES, _F32_BYTES, piece_idx)
+        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, OP_COPY, SRC_BYTES, _F32_BYTES)
 
     def _scale_address(self, table: ScaleTable, cell: Sequence[int]) -> int:
         return int(self.scales.ctypes.data) + _F32_BYTES * table.element_of(cell)
 
-    def _quantised(self, piece: Piece, part: WirePart, base: int, piece_idx: int) -> Iterator[tuple[object, ...]]:
+    def _quantised(self, piece: Piece, part: WirePart, base: int) -> Iterator[tuple[object, ...]]:
         """One descriptor for each matrix of the piece."""
         shard = self._shard(part, piece.shard_idx, piece.box)
         src_dtype, elem_bytes = self._source_dtype(part)
@@ -260,7 +259,7 @@ class _SourceCompiler:
             scales = self._scale_address(table, cells)
             word = base + offset // WORD_BYTES
             row = (src, strides, extents, offset, word, scales, table.strides[-2], *phases)
-            yield (*row, op, src_dtype, elem_bytes, piece_idx)
+            yield (*row, op, src_dtype, elem_bytes)
             offset += matrix.num_elements * itemsize(part.dtype)
 
     def _amax(self, region: AmaxRegion) -> Iterator[tuple[tuple[object, ...], Box]]:
@@ -307,10 +306,11 @@ def _matrices(box: Box) -> Iterator[Box]:
         yield Box((*index, *box.offset[-2:]), ((1,) * len(index)) + box.shape[-2:])
 
 
-def _lay_out_tables(slice_: SourceSlice, pieces: list[Piece]) -> dict[tuple[int, str], ScaleTable]:
+def _lay_out_tables(slice_: SourceSlice) -> dict[tuple[int, str], ScaleTable]:
     """A table for each tensor and recipe, just as large as what this rank writes or sends."""
     bounds: dict[tuple[int, str], Box] = {}
-    used = [(p.part_idx, p.box) for p in pieces] + [(r.part_idx, r.box) for r in slice_.amax_regions]
+    used = [(p.part_idx, p.box) for b in slice_.buckets for p in b.pieces]
+    used += [(r.part_idx, r.box) for r in slice_.amax_regions]
     for part_idx, box in used:
         part = slice_.parts[part_idx]
         recipe = get_recipe(part.recipe)

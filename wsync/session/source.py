@@ -302,7 +302,9 @@ class SourceSession:
             return
         with self._watch.phase("amax"):
             program.amax_vector.fill(0)
-            kernels.amax(program.amax_descs, self._num_threads)
+            bad = kernels.amax(program.amax_descs, self._num_threads)
+            if bad is not None:
+                raise self._non_finite(*program.locate_amax(*bad))
             end.exchange_max(program.amax_vector, deadline, self._cancelled)
             kernels.scales_from_amax(program.amax_descs)
 
@@ -313,9 +315,9 @@ class SourceSession:
         for pos, descs in enumerate(program.buckets):
             digest, bad = kernels.pack(descs, end.address(pos), self._num_threads)
             if bad is not None:
-                name, index = program.locate(pos, *bad)
-                raise NonFiniteError(
-                    f"tensor {name!r} is not finite at index {index} (trainer rank {self._manifest.rank})"
-                )
+                raise self._non_finite(*program.locate(pos, *bad))
             end.send(pos, (digest + program.padding_digests[pos]) % 2**64, deadline, self._cancelled)
             self._cancelled()
+
+    def _non_finite(self, name: str, index: tuple[int, ...]) -> NonFiniteError:
+        return NonFiniteError(f"tensor {name!r} is not finite at index {index} (trainer rank {self._manifest.rank})")

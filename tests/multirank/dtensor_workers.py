@@ -1,0 +1,56 @@
+"""Trainer processes whose parameters are DTensors of several placements."""
+
+from __future__ import annotations
+
+import torch
+
+import wsync
+
+SHAPES = {"plain": (300, 200), "wide": (130, 520), "stack": (3, 200, 136), "norm": (77,)}
+
+
+def full_tensors(version: int) -> dict[str, torch.Tensor]:
+    """The whole model, the same on every rank."""
+    g = torch.Generator().manual_seed(version)
+    return {name: torch.randn(shape, generator=g) * 10 ** (version - 1) for name, shape in SHAPES.items()}
+
+
+def _distribute(full, layout, world_size):
+    """DTensors of ``full``: FSDP2's uneven shards, or tensor parallel first and FSDP2 on top."""
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    module = nn.Module()
+    if layout == "fsdp":
+        mesh = init_device_mesh("cpu", (world_size,))
+        for name, t in full.items():
+            module.register_parameter(name, nn.Parameter(t.clone()))
+    else:
+        mesh2 = init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("dp", "tp"))
+        for name, t in full.items():
+            dim = 1 if name == "wide" else 0
+            module.register_parameter(name, nn.Parameter(distribute_tensor(t.clone(), mesh2["tp"], [Shard(dim)])))
+        mesh = mesh2["dp"]
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+def trainer(report, rank, world_size, layout, dtype, store, key_file, init_file, transport):
+    """Publishes versions 1 and 2."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    to = getattr(torch, dtype)
+    model = _distribute({n: t.to(to) for n, t in full_tensors(1).items()}, layout, world_size)
+    with wsync.Source(model, store=store, key_file=key_file, transport=transport) as source:
+        source.publish(1, deadline_s=60).wait_committed()
+        fresh = _distribute({n: t.to(to) for n, t in full_tensors(2).items()}, layout, world_size)
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+                mine.to_local().copy_(theirs.to_local())
+        result = source.publish(2, deadline_s=60).wait_committed()
+    dist.destroy_process_group()
+    return result.wire_bytes
