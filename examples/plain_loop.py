@@ -1,8 +1,8 @@
 """A plain training loop that feeds a second process: ten lines of wsync around any model.
 
-    wsync keygen wsync.key
-    python examples/plain_loop.py engine &        # holds a copy of the model, and takes every version
-    python examples/plain_loop.py trainer         # trains, and publishes after each step
+wsync keygen wsync.key
+python examples/plain_loop.py engine &        # holds a copy of the model, and takes every version
+python examples/plain_loop.py trainer         # trains, and publishes after each step
 """
 
 import sys
