@@ -54,3 +54,35 @@ def trainer(report, rank, world_size, layout, dtype, store, key_file, init_file,
         result = source.publish(2, deadline_s=60).wait_committed()
     dist.destroy_process_group()
     return result.wire_bytes
+
+
+def training_loop(report, rank, world_size, store, key_file, folder):
+    """Two AdamW steps of FSDP2 with f32 masters and bf16 compute; publishes and saves the masters after each."""
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 70), nn.ReLU(), nn.Linear(70, 5))
+    mesh = init_device_mesh("cpu", (world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with wsync.Source(model, store=store, key_file=key_file) as source:
+        for step in (1, 2):
+            loss = model(torch.randn(8, 33)).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            publication = source.publish(step, deadline_s=60)
+            publication.wait_released()
+            masters = {name: p.full_tensor() for name, p in model.named_parameters()}
+            if rank == 0:
+                torch.save(masters, f"{folder}/masters{step}.pt")
+            publication.wait_committed()
+    dist.destroy_process_group()

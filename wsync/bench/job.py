@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ from wsync.bench.checkpoint import CheckpointLoader, CheckpointWriter, load_chec
 from wsync.bench.checkpoint import checkpoint_path as path_of
 from wsync.bench.engine import Engine, Shapes, Snapshot, difference, snapshot
 from wsync.bench.events import WARM_UP, Began, EventWriter, Memory, Recipe, Repeated, Started, Step, Verified
+from wsync.bench.limit import num_cores
 from wsync.bench.memory import PeakMemory, owned_bytes, settle
 from wsync.bench.options import WSYNC, BenchOptions
 from wsync.bench.rows import Row, all_parts
@@ -43,7 +43,7 @@ class Side(Protocol):
 
 def run_rank(options: BenchOptions, rank: int, events: EventWriter) -> None:
     """Everything that one rank does."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     is_trainer = rank < options.num_trainers
     # Trainer 0 quantises alone, so it may use every core; the engines load at the same time and share them.
     torch.set_num_threads(cores if is_trainer else max(1, cores // options.num_engines))

