@@ -2,11 +2,13 @@
 
 ``pytest bench/test_kernels.py --benchmark-only``. Arrays are far larger than the caches; a rate is that of the fastest
 round; memcpy is measured right before and after. ``extra_info`` of every benchmark holds ``gbps``, ``memcpy_gbps`` and
-``ratio_to_memcpy``. The bars of one core are asserted.
+``ratio_to_memcpy``, and ``bar`` where one core has to reach a ratio. Results are asserted always, bars only with the
+environment variable ``WSYNC_BENCH_STRICT=1``: on a busy machine they say nothing.
 """
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -20,6 +22,7 @@ from wsync.plan.descriptors import (
     OP_FP8_BLOCK128_F32,
     PACK_DESC,
     SRC_BF16,
+    SRC_BYTES,
     UNPACK_DESC,
 )
 
@@ -28,13 +31,15 @@ BUCKET_BYTES = 4 << 20
 ROUNDS = 7
 SHAPES = {"8192x8192": (8192, 8192), "3072x1024": (3072, 1024)}
 PACK_OPS = {
-    "copy": (OP_COPY, 2),
-    "bf16": (OP_BF16, 2),
-    "fp8_block128": (OP_FP8_BLOCK128, 1),
-    "fp8_block128_f32": (OP_FP8_BLOCK128_F32, 1),
+    "copy": (OP_COPY, SRC_BYTES, 2),
+    "copy_checked": (OP_COPY, SRC_BF16, 2),
+    "bf16": (OP_BF16, SRC_BF16, 2),
+    "fp8_block128": (OP_FP8_BLOCK128, SRC_BF16, 1),
+    "fp8_block128_f32": (OP_FP8_BLOCK128_F32, SRC_BF16, 1),
 }
 BARS = {"bf16": 0.8, "fp8_block128": 0.40, "unpack": 0.8, "digest": 1.0}
-"""Ratio to memcpy that one core must reach."""
+"""Ratio to memcpy that one core should reach."""
+STRICT = os.environ.get("WSYNC_BENCH_STRICT") == "1"
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -54,7 +59,7 @@ class Arrays:
         self.dst[:] = 0
         self.scales = np.zeros(SOURCE_BYTES // 2 // 128, np.float32)
 
-    def pack_descs(self, op: int, out_bytes: int, rows: int, cols: int) -> np.ndarray:
+    def pack_descs(self, op: int, src_dtype: int, out_bytes: int, rows: int, cols: int) -> np.ndarray:
         numel = rows * cols
         descs = np.zeros(SOURCE_BYTES // (2 * numel), PACK_DESC)
         i = np.arange(len(descs), dtype=np.uint64)
@@ -65,7 +70,7 @@ class Arrays:
         descs["wire_word"] = descs["dst_offset"] // 8
         descs["scales"] = np.uint64(self.scales.ctypes.data) + i * np.uint64(4 * (numel // 16384))
         descs["scale_stride"] = cols // 128
-        descs["op"], descs["src_dtype"], descs["elem_bytes"] = op, SRC_BF16, 2
+        descs["op"], descs["src_dtype"], descs["elem_bytes"] = op, src_dtype, 2
         return descs
 
     def unpack_descs(self, rows: int, cols: int, stride: int) -> np.ndarray:
@@ -110,29 +115,33 @@ def measure(benchmark, arrays: Arrays, call, nbytes: int, name: str, num_threads
     benchmark.extra_info.update(gbps=round(gbps, 2), ratio_to_memcpy=round(gbps / limit, 3))
     benchmark.extra_info.update(memcpy_gbps=round(limit, 2), isa=kernels.best_isa())
     if num_threads == 1 and name in BARS:
-        assert gbps / limit >= BARS[name], f"{name}: {gbps:.1f} GB/s, memcpy {limit:.1f} GB/s"
+        benchmark.extra_info["bar"] = BARS[name]
+        assert not STRICT or gbps / limit >= BARS[name], f"{name}: {gbps:.1f} GB/s, memcpy {limit:.1f} GB/s"
 
 
 @pytest.mark.parametrize("name", PACK_OPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pack(benchmark, arrays, num_threads, shape, name):
-    op, out_bytes = PACK_OPS[name]
-    descs = arrays.pack_descs(op, out_bytes, *SHAPES[shape])
+    descs = arrays.pack_descs(*PACK_OPS[name], *SHAPES[shape])
     nbytes = 2 * int(descs["extent"].prod(axis=1).sum())
     call = lambda: kernels.pack(descs, arrays.dst.ctypes.data, num_threads)  # noqa: E731
     measure(benchmark, arrays, call, nbytes, name, num_threads)
+    packed = call()
+    assert packed.bad is None
+    assert packed == kernels.pack(descs, arrays.dst.ctypes.data, num_threads, isa="scalar")
 
 
 def test_pack_of_one_bucket_at_a_time(benchmark, arrays, num_threads):
     """A call for each 4 MiB of fp8: what a sender does."""
     rows, cols = BUCKET_BYTES // 1024, 1024
-    descs = arrays.pack_descs(OP_FP8_BLOCK128, 1, rows, cols)
+    descs = arrays.pack_descs(OP_FP8_BLOCK128, SRC_BF16, 1, rows, cols)
 
-    def call() -> None:
-        for i in range(len(descs)):
-            kernels.pack(descs[i : i + 1], arrays.dst.ctypes.data, num_threads)
+    def call() -> int:
+        one_by_one = (kernels.pack(descs[i : i + 1], arrays.dst.ctypes.data, num_threads) for i in range(len(descs)))
+        return sum(packed.digest for packed in one_by_one) % 2**64
 
     measure(benchmark, arrays, call, 2 * len(descs) * rows * cols, "fp8_block128", num_threads)
+    assert call() == kernels.pack(descs, arrays.dst.ctypes.data, num_threads).digest
 
 
 @pytest.mark.parametrize("cols", [1024, 512], ids=["whole_rows", "half_rows"])
@@ -141,14 +150,18 @@ def test_unpack(benchmark, arrays, num_threads, cols):
     nbytes = 2 * len(descs) * 2048 * cols
     call = lambda: kernels.unpack(descs, arrays.src.ctypes.data, num_threads)  # noqa: E731
     measure(benchmark, arrays, call, nbytes, "unpack", num_threads)
+    assert call() == kernels.digest(arrays.src.ctypes.data, nbytes, 0, isa="scalar")
+    assert call() == kernels.installed_digest(descs, num_threads)
 
 
 def test_digest(benchmark, arrays, num_threads):
     call = lambda: kernels.digest(arrays.src.ctypes.data, SOURCE_BYTES, 0, num_threads)  # noqa: E731
     measure(benchmark, arrays, call, SOURCE_BYTES, "digest", num_threads)
+    assert call() == kernels.digest(arrays.src.ctypes.data, SOURCE_BYTES, 0, isa="scalar")
 
 
 def test_installed_digest(benchmark, arrays, num_threads):
     descs = arrays.unpack_descs(2048, 512, 1024)
     call = lambda: kernels.installed_digest(descs, num_threads)  # noqa: E731
     measure(benchmark, arrays, call, 2 * len(descs) * 2048 * 512, "installed_digest", num_threads)
+    assert call() == kernels.installed_digest(descs, num_threads, isa="scalar")

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "api/gil.h"
 #include "api/register.h"
 #include "cuda/probe.h"
 
@@ -45,7 +46,7 @@ py::dict cuda_probe(const std::string& cudart) {
 
   auto probe = std::make_unique<WsyncCudaProbe>();
   {
-    py::gil_scoped_release release;
+    GilRelease release;
     probe_fn(probe.get());
   }
   py::list devices;

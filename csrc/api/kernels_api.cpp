@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "api/gil.h"
 #include "api/register.h"
 #include "core/descriptors.h"
 #include "core/dtype.h"
@@ -58,7 +59,23 @@ void check_phases(const char* record, size_t index, int32_t row_phase, int32_t c
 
 void check_float_source(const char* record, size_t index, int32_t src_dtype) {
   if (src_dtype < kSrcBf16 || src_dtype > kSrcF32Exact) {
-    refuse(record, index, "src_dtype " + std::to_string(src_dtype) + " is not a float dtype (1..4)");
+    refuse(record, index, "src_dtype " + std::to_string(src_dtype) + " is not one of bf16, f32 and f16 (1..4)");
+  }
+}
+
+// A copy keeps its bytes, so it knows no dtype that is rounded.
+void check_copied_source(const char* record, size_t index, int32_t src_dtype) {
+  if (src_dtype < kSrcBytes || src_dtype > kSrcF64 || src_dtype == kSrcF32) {
+    refuse(record, index, "src_dtype " + std::to_string(src_dtype) + " cannot be copied (0, 1, 3, 4, 5)");
+  }
+}
+
+void check_source_bytes(const char* record, size_t index, int32_t src_dtype, int32_t elem_bytes) {
+  const int32_t expected = source_bytes(src_dtype);
+  if (expected != 0 && elem_bytes != expected) {
+    refuse(record, index,
+           "elem_bytes is " + std::to_string(elem_bytes) + ", but src_dtype " + std::to_string(src_dtype) + " has " +
+               std::to_string(expected));
   }
 }
 
@@ -68,15 +85,13 @@ void check(const PackDesc& d, size_t i) {
   check_elem_bytes(kName, i, d.elem_bytes);
   const bool holds_elements = check_extents(kName, i, d.extent);
   if (holds_elements && d.src == 0) refuse(kName, i, "src is null");
-  if (d.op == kOpCopy) return;
-  check_float_source(kName, i, d.src_dtype);
-  const int32_t expected = d.src_dtype == kSrcBf16 || d.src_dtype == kSrcF16 ? 2 : 4;
-  if (d.elem_bytes != expected) {
-    refuse(kName, i,
-           "elem_bytes is " + std::to_string(d.elem_bytes) + ", but src_dtype " + std::to_string(d.src_dtype) +
-               " has " + std::to_string(expected));
+  if (d.op == kOpCopy) {
+    check_copied_source(kName, i, d.src_dtype);
+  } else {
+    check_float_source(kName, i, d.src_dtype);
   }
-  if (d.op == kOpBf16) return;
+  check_source_bytes(kName, i, d.src_dtype, d.elem_bytes);
+  if (d.op == kOpCopy || d.op == kOpBf16) return;
   check_phases(kName, i, d.row_phase, d.col_phase);
   if (holds_elements && (d.extent[0] != 1 || d.extent[1] != 1))
     refuse(kName, i, "an fp8 box has more than two dimensions");
@@ -118,7 +133,7 @@ py::tuple py_pack(const py::array& array, uint64_t dst_base, int num_threads, co
   FirstBad bad;
   uint64_t sum = 0;
   {
-    py::gil_scoped_release release;
+    GilRelease release;
     sum = pack(descs, n, dst, num_threads, isa, &bad);
   }
   if (!bad.found()) return py::make_tuple(sum, py::none());
@@ -130,7 +145,7 @@ py::object py_amax(const py::array& array, int num_threads, const char* isa_name
   const Isa isa = parse_isa(isa_name_);
   FirstBad bad;
   {
-    py::gil_scoped_release release;
+    GilRelease release;
     amax(descs, n, num_threads, isa, &bad);
   }
   if (!bad.found()) return py::none();
@@ -142,7 +157,7 @@ void py_scales_from_amax(const py::array& array) {
   for (size_t i = 0; i < n; ++i) {
     if (descs[i].scales == 0 && descs[i].extent[0] * descs[i].extent[1] != 0) refuse("AMAX_DESC", i, "scales is null");
   }
-  py::gil_scoped_release release;
+  GilRelease release;
   scales_from_amax(descs, n);
 }
 
@@ -150,28 +165,28 @@ uint64_t py_unpack(const py::array& array, uint64_t src_base, int num_threads, c
   const auto [descs, n] = checked_records<UnpackDesc>(array, "UNPACK_DESC");
   const Isa isa = parse_isa(isa_name_);
   const auto* src = static_cast<const uint8_t*>(pointer(src_base, n, "src_base"));
-  py::gil_scoped_release release;
+  GilRelease release;
   return unpack(descs, n, src, num_threads, isa);
 }
 
 uint64_t py_installed_digest(const py::array& array, int num_threads, const char* isa_name_) {
   const auto [descs, n] = checked_records<UnpackDesc>(array, "UNPACK_DESC");
   const Isa isa = parse_isa(isa_name_);
-  py::gil_scoped_release release;
+  GilRelease release;
   return installed_digest(descs, n, num_threads, isa);
 }
 
 uint64_t py_digest(uint64_t address, size_t nbytes, uint64_t first_word, int num_threads, const char* isa_name_) {
   const Isa isa = parse_isa(isa_name_);
   const void* src = pointer(address, nbytes, "address");
-  py::gil_scoped_release release;
+  GilRelease release;
   return digest(src, nbytes, first_word, num_threads, isa);
 }
 
 void py_memcpy(uint64_t dst, uint64_t src, size_t nbytes, int num_threads) {
   void* to = pointer(dst, nbytes, "dst");
   const void* from = pointer(src, nbytes, "src");
-  py::gil_scoped_release release;
+  GilRelease release;
   parallel_memcpy(to, from, nbytes, num_threads);
 }
 
@@ -244,7 +259,7 @@ void register_kernels(py::module_& m) {
   m.def("installed_digest", &py_installed_digest, arg("descs"), arg("num_threads") = 0, arg("isa") = "auto");
   m.def("digest", &py_digest, arg("address"), arg("nbytes"), arg("first_word"), arg("num_threads") = 0,
         arg("isa") = "auto");
-  m.def("zero_digest", &zero_digest, arg("first_word"), arg("num_words"), py::call_guard<py::gil_scoped_release>());
+  m.def("zero_digest", &zero_digest, arg("first_word"), arg("num_words"), py::call_guard<GilRelease>());
   m.def("memcpy", &py_memcpy, arg("dst"), arg("src"), arg("nbytes"), arg("num_threads") = 0);
   m.def("e4m3", &py_e4m3, arg("values"), "e4m3 codes of f32 values, one by one: the scalar codec, for tests.");
   m.def("best_isa", [] { return isa_name(parse_isa("auto")); });

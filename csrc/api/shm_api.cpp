@@ -46,7 +46,7 @@ py::object take(const Segment& segment, std::uint64_t cursor, std::uint64_t vers
   return py::make_tuple(found->bucket_pos, found->digest);
 }
 
-// The array refers to the segment's memory: it must not be touched after close.
+// The array refers to the segment's memory and keeps it mapped.
 py::array_t<float> exchange(const py::object& self) {
   const auto& segment = self.cast<const Segment&>();
   return py::array_t<float>(static_cast<py::ssize_t>(segment.exchange_elements()), segment.exchange(), self);
@@ -71,7 +71,7 @@ void register_shm(py::module_& m) {
       .def("publish", &Segment::publish, py::arg("bucket_pos"), py::arg("digest"))
       .def("take", &take, py::arg("cursor"), py::arg("version"))
       .def("current", &Segment::current)
-      .def("exchange", &exchange, "The f32 exchange area; valid until close.")
+      .def("exchange", &exchange, "The f32 exchange area; keeps the memory mapped.")
       .def("set_exchange_version", &Segment::set_exchange_version, py::arg("version"))
       .def("exchange_version", &Segment::exchange_version)
       .def("bell", &Segment::bell)

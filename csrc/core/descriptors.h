@@ -11,7 +11,7 @@ constexpr int kNumDims = 4;
 constexpr int64_t kScaleBlock = 128;
 
 enum Op : int32_t {
-  kOpCopy = 0,
+  kOpCopy = 0,  // bytes as they are; values of a float src_dtype must be finite
   kOpBf16 = 1,
   kOpFp8Block128 = 2,
   kOpFp8Block128F32 = 3,
@@ -24,7 +24,24 @@ enum SrcDtype : int32_t {
   kSrcF32 = 2,       // rounded to bf16 (RNE) before anything else
   kSrcF16 = 3,       // as given, through an exact conversion to f32
   kSrcF32Exact = 4,  // as given
+  kSrcF64 = 5,       // of copies only
 };
+
+// Bytes of one element, or 0 for kSrcBytes, which may have any.
+inline int32_t source_bytes(int32_t src_dtype) {
+  switch (src_dtype) {
+    case kSrcBf16:
+    case kSrcF16:
+      return 2;
+    case kSrcF32:
+    case kSrcF32Exact:
+      return 4;
+    case kSrcF64:
+      return 8;
+    default:
+      return 0;
+  }
+}
 
 // A wire_word of this value means: copy, but leave out of the digest.
 constexpr uint64_t kUncountedWord = ~uint64_t{0};

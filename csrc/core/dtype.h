@@ -24,6 +24,8 @@ inline float f32_of_bf16(uint16_t bits) { return f32_of(static_cast<uint32_t>(bi
 constexpr uint32_t kF32Bf16Overflow = 0x7f7f8000u;
 constexpr uint32_t kF32Infinity = 0x7f800000u;
 constexpr uint16_t kBf16Infinity = 0x7f80u;
+constexpr uint16_t kF16Infinity = 0x7c00u;
+constexpr uint32_t kF64InfinityHigh = 0x7ff00000u;  // the upper half of the bits; at or above it: not finite
 
 // Round to nearest, ties to even. A NaN may become any non-finite or finite pattern: callers reject it before.
 inline uint16_t bf16_of_f32_bits(uint32_t bits) {
@@ -34,7 +36,7 @@ inline uint16_t bf16_of_f32_bits(uint32_t bits) {
 inline float f32_of_f16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return f32_of(sign | kF32Infinity | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= kF16Infinity) return f32_of(sign | kF32Infinity | ((magnitude & 0x3ffu) << 13));
   if (magnitude < 0x400u) return f32_of(sign | bits_of(static_cast<float>(magnitude) * 0x1p-24f));
   return f32_of(sign | ((magnitude << 13) + (112u << 23)));
 }

@@ -40,8 +40,13 @@ struct Kernels {
   uint64_t (*digest)(const void* src, size_t nbytes, uint64_t first_word);
   uint64_t (*copy)(void* dst, const void* src, size_t nbytes, uint64_t first_word);
 
-  // n values to bf16 with digest; *max_bits becomes the maximum of itself and the f32 bits of every |value|.
-  uint64_t (*copy_bf16)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+  // Copies of n floats of 16, 32 and 64 bits; *max_bits becomes the maximum of itself and the upper 32 bits of every
+  // |value|, those of 16 bits shifted up.
+  uint64_t (*copy_float16)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+  uint64_t (*copy_float32)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+  uint64_t (*copy_float64)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+
+  // n f32 values to bf16 with digest; *max_bits as above.
   uint64_t (*round_bf16)(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
 
   // Pass 1 of quantising: rows of contiguous values into a tile of kTileCols per row, and for each block the f32 bits

@@ -59,22 +59,41 @@ struct CopyStage {
   __m256i operator()(const uint8_t* src) { return load32(src); }
 };
 
-struct CheckBf16Stage {
+// Copies that keep the largest magnitude: of 16-bit floats, of 32-bit ones, and of the upper halves of 64-bit ones.
+struct CheckFloat16Stage {
   static constexpr int kSrcBytes = 32;
   __m256i worst;
-  CheckBf16Stage() : worst(_mm256_setzero_si256()) {}  // an implicit one would not be compiled for AVX2
+  CheckFloat16Stage() : worst(_mm256_setzero_si256()) {}  // an implicit one would not be compiled for AVX2
   __m256i operator()(const uint8_t* src) {
     const __m256i v = load32(src);
     worst = _mm256_max_epu16(worst, _mm256_and_si256(v, _mm256_set1_epi16(0x7fff)));
     return v;
   }
+  uint32_t bits() const { return max_bf16_of(worst); }
 };
+
+template <uint64_t kMask>
+struct CheckWideFloatStage {
+  static constexpr int kSrcBytes = 32;
+  __m256i worst;
+  CheckWideFloatStage() : worst(_mm256_setzero_si256()) {}  // an implicit one would not be compiled for AVX2
+  __m256i operator()(const uint8_t* src) {
+    const __m256i v = load32(src);
+    worst = _mm256_max_epu32(worst, _mm256_and_si256(v, _mm256_set1_epi64x(static_cast<int64_t>(kMask))));
+    return v;
+  }
+  uint32_t bits() const { return max_epu32_of(worst); }
+};
+
+using CheckFloat32Stage = CheckWideFloatStage<0x7fffffff7fffffffull>;
+using CheckFloat64Stage = CheckWideFloatStage<0x7fffffff00000000ull>;
 
 struct RoundBf16Stage {
   static constexpr int kSrcBytes = 64;
   __m256i worst;
   RoundBf16Stage() : worst(_mm256_setzero_si256()) {}  // an implicit one would not be compiled for AVX2
   __m256i operator()(const uint8_t* src) { return round16(src, &worst); }
+  uint32_t bits() const { return max_epu32_of(worst); }
 };
 
 enum class Store { kNone, kCached, kStream };
@@ -163,17 +182,12 @@ uint64_t copy(void* dst, const void* src, size_t nbytes, uint64_t first_word) {
   return stream(dst, src, nbytes, first_word, stage);
 }
 
-uint64_t copy_bf16(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits) {
-  CheckBf16Stage stage;
-  const uint64_t sum = stream(dst, src, 2 * n, first_word, stage);
-  *max_bits = std::max(*max_bits, max_bf16_of(stage.worst));
-  return sum;
-}
-
-uint64_t round_bf16(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits) {
-  RoundBf16Stage stage;
-  const uint64_t sum = stream(dst, src, 2 * n, first_word, stage);
-  *max_bits = std::max(*max_bits, max_epu32_of(stage.worst));
+// n values of kOutBytes each on the wire.
+template <typename Stage, size_t kOutBytes>
+uint64_t checked(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits) {
+  Stage stage;
+  const uint64_t sum = stream(dst, src, kOutBytes * n, first_word, stage);
+  *max_bits = std::max(*max_bits, stage.bits());
   return sum;
 }
 
@@ -263,8 +277,10 @@ void fence() { _mm_sfence(); }
 const Kernels& avx2_kernels() {
   static const Kernels table = {digest,
                                 copy,
-                                copy_bf16,
-                                round_bf16,
+                                checked<CheckFloat16Stage, 2>,
+                                checked<CheckFloat32Stage, 4>,
+                                checked<CheckFloat64Stage, 8>,
+                                checked<RoundBf16Stage, 2>,
                                 load<Bf16Loader>,
                                 load<F32RoundLoader>,
                                 load<F32Loader>,

@@ -33,16 +33,22 @@ uint64_t copy(void* dst, const void* src, size_t nbytes, uint64_t first_word) {
   return digest(src, nbytes, first_word);
 }
 
-uint64_t copy_bf16(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits) {
+// Upper 32 bits of |value|, for floats of 16, 32 and 64 bits.
+uint32_t upper_bits(uint16_t bits) { return static_cast<uint32_t>(bits & 0x7fffu) << 16; }
+uint32_t upper_bits(uint32_t bits) { return bits & 0x7fffffffu; }
+uint32_t upper_bits(uint64_t bits) { return static_cast<uint32_t>(bits >> 32) & 0x7fffffffu; }
+
+template <typename Bits>
+uint64_t copy_floats(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits) {
   const auto* bytes = static_cast<const uint8_t*>(src);
   uint32_t worst = *max_bits;
   for (size_t i = 0; i < n; ++i) {
-    uint16_t value;
-    std::memcpy(&value, bytes + 2 * i, 2);
-    worst = std::max(worst, static_cast<uint32_t>(value & 0x7fffu) << 16);
+    Bits bits;
+    std::memcpy(&bits, bytes + sizeof(Bits) * i, sizeof(Bits));
+    worst = std::max(worst, upper_bits(bits));
   }
   *max_bits = worst;
-  return copy(dst, src, 2 * n, first_word);
+  return copy(dst, src, sizeof(Bits) * n, first_word);
 }
 
 uint64_t round_bf16(void* dst, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits) {
@@ -128,8 +134,19 @@ void fence() { std::atomic_thread_fence(std::memory_order_release); }
 
 const Kernels& scalar_kernels() {
   // A power of two needs no rule of its own here: multiplying by it is exact.
-  static const Kernels table = {digest,   copy,          copy_bf16,     round_bf16,   load_bf16, load_f32_round,
-                                load_f32, quantise_bf16, quantise_bf16, quantise_f32, fence};
+  static const Kernels table = {digest,
+                                copy,
+                                copy_floats<uint16_t>,
+                                copy_floats<uint32_t>,
+                                copy_floats<uint64_t>,
+                                round_bf16,
+                                load_bf16,
+                                load_f32_round,
+                                load_f32,
+                                quantise_bf16,
+                                quantise_bf16,
+                                quantise_f32,
+                                fence};
   return table;
 }
 

@@ -31,13 +31,44 @@ Box box_of(const PackDesc& d) { return Box(d.src, d.src_stride, d.extent, kNumDi
 
 int64_t wire_bytes(const PackDesc& d) { return d.op == kOpCopy ? d.elem_bytes : 2; }
 
+// The dtype whose rules the values follow: every f32 that is not copied is rounded here, so one that rounds to infinity
+// is bad however it was declared.
+int32_t checked_dtype(const PackDesc& d) {
+  return d.op == kOpBf16 && d.src_dtype == kSrcF32Exact ? static_cast<int32_t>(kSrcF32) : d.src_dtype;
+}
+
+// From here on what the kernels of put() report as the maximum is not finite.
+uint32_t nonfinite_bits(const PackDesc& d) {
+  if (d.src_dtype == kSrcBf16) return kF32Infinity;
+  if (d.op == kOpBf16) return kF32Bf16Overflow;
+  switch (d.src_dtype) {
+    case kSrcF16:
+      return static_cast<uint32_t>(kF16Infinity) << 16;
+    case kSrcF32Exact:
+      return kF32Infinity;
+    case kSrcF64:
+      return kF64InfinityHigh;
+    default:
+      return ~0u;  // bytes are not looked at
+  }
+}
+
 // n contiguous source elements to the wire.
 uint64_t put(const PackDesc& d, uint8_t* dst, const void* src, int64_t n, uint64_t word, uint32_t* max_bits,
              const Kernels& k) {
   const auto count = static_cast<size_t>(n);
-  if (d.op == kOpCopy) return k.copy(dst, src, count * static_cast<size_t>(d.elem_bytes), word);
-  if (d.src_dtype == kSrcBf16) return k.copy_bf16(dst, src, count, word, max_bits);
-  return k.round_bf16(dst, src, count, word, max_bits);
+  if (d.src_dtype == kSrcBf16) return k.copy_float16(dst, src, count, word, max_bits);
+  if (d.op == kOpBf16) return k.round_bf16(dst, src, count, word, max_bits);
+  switch (d.src_dtype) {
+    case kSrcF16:
+      return k.copy_float16(dst, src, count, word, max_bits);
+    case kSrcF32Exact:
+      return k.copy_float32(dst, src, count, word, max_bits);
+    case kSrcF64:
+      return k.copy_float64(dst, src, count, word, max_bits);
+    default:
+      return k.copy(dst, src, count * static_cast<size_t>(d.elem_bytes), word);
+  }
 }
 
 uint64_t put_f16(uint8_t* dst, const uint8_t* src, int64_t n, uint64_t word, uint32_t* max_bits, const Kernels& k) {
@@ -57,7 +88,8 @@ uint64_t pack_rows(const PackDesc& d, const RowUnit& unit, uint8_t* dst_base, co
   uint64_t word = d.wire_word + static_cast<uint64_t>(unit.begin * wire) / 8;
   uint64_t sum = 0;
   const int64_t run_bytes = box.run() * wire;
-  const bool direct = box.contiguous_runs() && d.src_dtype != kSrcF16 &&
+  const bool converted = d.op == kOpBf16 && d.src_dtype == kSrcF16;
+  const bool direct = box.contiguous_runs() && !converted &&
                       (box.run() == box.numel() || (run_bytes % 8 == 0 && run_bytes >= kDirectRunBytes));
   if (direct) {
     box.for_read_runs(unit.begin, unit.end, [&](uint64_t src, int64_t n) {
@@ -71,8 +103,8 @@ uint64_t pack_rows(const PackDesc& d, const RowUnit& unit, uint8_t* dst_base, co
   for (int64_t at = unit.begin; at < unit.end; at += kScratchElems) {
     const int64_t end = std::min(unit.end, at + kScratchElems);
     box.gather(scratch, at, end);
-    sum += d.src_dtype == kSrcF16 && d.op != kOpCopy ? put_f16(dst, scratch, end - at, word, max_bits, k)
-                                                     : put(d, dst, scratch, end - at, word, max_bits, k);
+    sum += converted ? put_f16(dst, scratch, end - at, word, max_bits, k)
+                     : put(d, dst, scratch, end - at, word, max_bits, k);
     dst += (end - at) * wire;
     word += static_cast<uint64_t>((end - at) * wire) / 8;
   }
@@ -81,8 +113,7 @@ uint64_t pack_rows(const PackDesc& d, const RowUnit& unit, uint8_t* dst_base, co
 
 void report_row(const PackDesc& d, const RowUnit& unit, FirstBad* bad) {
   const Box box = box_of(d);
-  // Every f32 is rounded here, so one that rounds to infinity is bad however it was declared.
-  const int32_t src_dtype = d.src_dtype == kSrcF32Exact ? static_cast<int32_t>(kSrcF32) : d.src_dtype;
+  const int32_t src_dtype = checked_dtype(d);
   int64_t element = unit.begin;
   int64_t first = -1;
   box.for_runs(unit.begin, unit.end, [&](uint64_t src, int64_t n) {
@@ -194,7 +225,7 @@ uint64_t pack(const PackDesc* descs, size_t num_descs, uint8_t* dst_base, int nu
       const PackDesc& d = descs[unit.desc];
       uint32_t max_bits = 0;
       part = pack_rows(d, unit, dst_base, k, &max_bits);
-      if (max_bits >= (d.src_dtype == kSrcBf16 ? kF32Infinity : kF32Bf16Overflow)) report_row(d, unit, bad);
+      if (max_bits >= nonfinite_bits(d)) report_row(d, unit, bad);
     }
     k.fence();
     sum.fetch_add(part, std::memory_order_relaxed);

@@ -169,7 +169,12 @@ bool is_nonfinite(uint64_t address, int32_t src_dtype) {
   if (src_dtype == kSrcBf16 || src_dtype == kSrcF16) {
     uint16_t bits;
     std::memcpy(&bits, reinterpret_cast<const void*>(address), 2);
-    return (bits & 0x7fffu) >= (src_dtype == kSrcBf16 ? kBf16Infinity : 0x7c00u);
+    return (bits & 0x7fffu) >= (src_dtype == kSrcBf16 ? kBf16Infinity : kF16Infinity);
+  }
+  if (src_dtype == kSrcF64) {
+    uint64_t bits;
+    std::memcpy(&bits, reinterpret_cast<const void*>(address), 8);
+    return (static_cast<uint32_t>(bits >> 32) & 0x7fffffffu) >= kF64InfinityHigh;
   }
   uint32_t bits;
   std::memcpy(&bits, reinterpret_cast<const void*>(address), 4);

@@ -169,10 +169,11 @@ std::shared_ptr<Mapping> Mapping::open(const std::string& name, const Geometry& 
   return self;
 }
 
-bool Mapping::is_mapped_here(const std::string& name) {
+bool Mapping::is_owned_here(const std::string& name) {
+  std::shared_ptr<Mapping> mapping;  // before the guard: its destructor takes the same mutex
   const std::lock_guard<std::mutex> guard(registry_mutex());
-  const auto found = registry().find(name);
-  return found != registry().end() && !found->second.expired();
+  if (const auto found = registry().find(name); found != registry().end()) mapping = found->second.lock();
+  return mapping != nullptr && mapping->owned_here_;
 }
 
 Mapping::~Mapping() {

@@ -61,7 +61,7 @@ class Mapping {
   // A segment that this process has mapped already is shared, never opened again: closing a second descriptor
   // would drop the record lock of the first.
   static std::shared_ptr<Mapping> open(const std::string& name, const Geometry& expected);
-  static bool is_mapped_here(const std::string& name);
+  static bool is_owned_here(const std::string& name);
 
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;

@@ -41,8 +41,13 @@ bool remove_if_stale(int directory, const std::string& name, double older_than_s
 }  // namespace
 
 Segment::Segment(std::shared_ptr<Mapping> mapping, bool owner) : mapping_(std::move(mapping)), owner_(owner) {}
-Segment::Segment(Segment&&) noexcept = default;
-Segment& Segment::operator=(Segment&&) noexcept = default;
+
+Segment::Segment(Segment&& other) noexcept
+    : mapping_(std::move(other.mapping_)),
+      closed_(other.closed_.load(std::memory_order_relaxed)),
+      owner_(other.owner_),
+      num_published_(other.num_published_) {}
+
 Segment::~Segment() { close(); }
 
 Segment Segment::create(const std::string& name, const Geometry& geometry) {
@@ -54,7 +59,7 @@ Segment Segment::open(const std::string& name, const Geometry& expected) {
 }
 
 Mapping& Segment::mapping() const {
-  if (mapping_ == nullptr) throw Error("ConfigError", "the segment is closed");
+  if (closed_.load(std::memory_order_acquire)) throw Error("StateError", "the segment is closed");
   return *mapping_;
 }
 
@@ -137,8 +142,7 @@ void Segment::ring() {
 }
 
 bool Segment::wait(std::uint32_t seen, double seconds) const {
-  const std::shared_ptr<Mapping> keep = mapping_;  // another thread may close this end meanwhile
-  Header& h = header();
+  Header& h = header();  // stays mapped when another thread closes this end meanwhile
   if (h.bell.load(std::memory_order_acquire) != seen) return true;
   const double whole = std::floor(std::fmax(seconds, 0.0));
   timespec timeout{};
@@ -155,13 +159,15 @@ bool Segment::alive() const { return !owner_closed() && mapping().owner_process_
 std::int64_t Segment::owner_pid() const { return header().owner_pid; }
 
 void Segment::close() {
-  if (mapping_ == nullptr) return;
+  if (mapping_ == nullptr || closed_.exchange(true, std::memory_order_acq_rel)) return;  // moved from, or closed
+  Header& h = mapping_->header();
   // A forked child shares the memory, but not the right to end it.
-  if (owner_ && header().owner_pid == getpid()) {
-    header().closed.store(1, std::memory_order_release);
+  if (owner_ && h.owner_pid == getpid()) {
+    h.closed.store(1, std::memory_order_release);
     mapping_->unlink();
   }
-  mapping_.reset();
+  h.bell.fetch_add(1, std::memory_order_acq_rel);
+  futex(&h.bell, FUTEX_WAKE, INT_MAX, nullptr);  // threads of this process that wait on it look again
 }
 
 int sweep_stale(double older_than_s) {
@@ -172,7 +178,7 @@ int sweep_stale(double older_than_s) {
     const std::string name = entry->d_name;
     if (name.compare(0, sizeof(kNamePrefix) - 1, kNamePrefix) != 0) continue;
     // Closing a second descriptor of an own segment would drop its lock.
-    if (Mapping::is_mapped_here(name)) continue;
+    if (Mapping::is_owned_here(name)) continue;
     if (remove_if_stale(dirfd(directory), name, older_than_s)) ++num_removed;
   }
   closedir(directory);

@@ -6,6 +6,7 @@
 // them with a cursor and sees arrivals in O(1). A version is valid for readers while `current` equals it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -47,7 +48,10 @@ struct Header;
 struct Slot;
 class Mapping;
 
-// One end of a segment. One thread at a time, except `ring`, which any thread may call.
+// One end of a segment. One thread at a time, except `ring` and `close`, which any thread may call at any time.
+//
+// The memory is unmapped by the destructor, never by `close`: another thread may be inside `wait`, or in the middle of
+// a bucket whose address it was given. Whoever passes addresses on keeps the segment until they are no longer used.
 class Segment {
  public:
   // Creates (mode 0600, must not exist), zeroes and faults in. Throws Error where /dev/shm has too little room.
@@ -56,7 +60,6 @@ class Segment {
   static Segment open(const std::string& name, const Geometry& expected);
 
   Segment(Segment&&) noexcept;
-  Segment& operator=(Segment&&) noexcept;
   ~Segment();
 
   std::uintptr_t address(std::uint64_t bucket_pos) const;
@@ -78,7 +81,7 @@ class Segment {
   // The doorbell: a futex word between processes.
   std::uint32_t bell() const;
   void ring();
-  // Waits until the bell differs from `seen` or the time is over; true when it differs.
+  // Waits until the bell differs from `seen` or the time is over; true when it differs. `close` ends it.
   bool wait(std::uint32_t seen, double seconds) const;
 
   // False once the owner closed it or its process is gone (the kernel drops the owner's record lock).
@@ -86,7 +89,8 @@ class Segment {
   bool owner_closed() const;
   std::int64_t owner_pid() const;
 
-  // Owner: marks it closed for the readers and removes the name. Everybody: unmaps. May be called twice.
+  // Owner: marks it closed for the readers and removes the name. Everybody: refuses all further calls. The memory goes
+  // with the object. May be called twice.
   void close();
 
  private:
@@ -95,7 +99,8 @@ class Segment {
   Header& header() const;
   Slot& slot(std::uint64_t cursor) const;
 
-  std::shared_ptr<Mapping> mapping_;
+  std::shared_ptr<Mapping> mapping_;  // never changes while other threads may look
+  std::atomic<bool> closed_{false};
   bool owner_ = false;
   std::uint64_t num_published_ = 0;
 };

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsync.errors import ConfigError, ConnectError, FormatVersionError, PlanMismatchError
+from wsync.errors import ConfigError, ConnectError, FormatVersionError, PlanMismatchError, StateError
 from wsync.testing.transport_actors import Actor, memory_at
 from wsync.testing.transport_crew import Crew, hand_plan
 
@@ -207,6 +207,65 @@ def test_a_closed_segment_refuses_calls_instead_of_crashing(segment):
     for call in (made.current, made.bell, made.ring, lambda: made.address(0), lambda: made.publish(0, 0)):
         with pytest.raises(ConfigError, match="closed"):
             call()
+
+
+def test_memory_stays_mapped_after_close_until_the_object_goes(segment):
+    _, made = segment
+
+    def touch() -> int:
+        mine = _C.ShmSegment.create(new_name(), shape())
+        address, exchanged = mine.address(1), mine.exchange()
+        mine.close()
+        memory_at(address, 4096)[:] = 1
+        exchanged[:] = 2
+        del mine
+        if not permissions_at(address):  # the array still holds it
+            return 2
+        del exchanged
+        return 3 if permissions_at(address) else 0
+
+    assert in_child(touch) == 0
+    assert made.alive()
+
+
+def test_closing_ends_a_wait_in_another_thread_at_once():
+    for owner in (True, False):
+        name = new_name()
+        made = _C.ShmSegment.create(name, shape())
+        end = made if owner else _C.ShmSegment.open(name, shape())
+        threading.Timer(0.1, end.close).start()
+        began = time.monotonic()
+        end.wait(end.bell(), 5.0)
+        assert time.monotonic() - began < 2.0
+        with pytest.raises(StateError, match="closed"):
+            end.wait(0, 0.0)
+        made.close()
+
+
+def test_closing_while_other_threads_wait_never_crashes():
+    def race() -> int:
+        for _ in range(150):
+            made = _C.ShmSegment.create(new_name(), shape())
+            started = threading.Barrier(4)
+
+            def spin(made=made, started=started) -> None:
+                started.wait()
+                try:
+                    while True:
+                        made.wait(made.bell(), 0.00001)
+                except StateError:
+                    pass
+
+            threads = [threading.Thread(target=spin) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            started.wait()
+            made.close()
+            for thread in threads:
+                thread.join()
+        return 0
+
+    assert in_child(race) == 0
 
 
 def test_a_reader_learns_that_the_owner_closed_or_was_killed():

@@ -7,11 +7,23 @@ import torch
 from torch import Tensor
 
 from wsync.kernels import best_isa
-from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, SRC_BF16, SRC_BYTES, SRC_F16, SRC_F32, UNPACK_DESC
+from wsync.plan.descriptors import (
+    AMAX_DESC,
+    OP_COPY,
+    PACK_DESC,
+    SRC_BF16,
+    SRC_BYTES,
+    SRC_F16,
+    SRC_F32,
+    SRC_F32_EXACT,
+    SRC_F64,
+    UNPACK_DESC,
+)
 
 ISAS = ("scalar", "avx2") if best_isa() == "avx2" else ("scalar",)
 
 SRC_OF = {torch.bfloat16: SRC_BF16, torch.float32: SRC_F32, torch.float16: SRC_F16}
+COPY_SRC_OF = {**SRC_OF, torch.float32: SRC_F32_EXACT, torch.float64: SRC_F64}
 
 
 def four(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
@@ -40,7 +52,8 @@ def pack_desc(
         desc["scale_stride"] = scales.stride(0)
     desc["row_phase"], desc["col_phase"] = phase
     desc["op"] = op
-    desc["src_dtype"] = SRC_OF.get(box.dtype, SRC_BYTES) if src_dtype is None else src_dtype
+    known = COPY_SRC_OF if op == OP_COPY else SRC_OF
+    desc["src_dtype"] = known.get(box.dtype, SRC_BYTES) if src_dtype is None else src_dtype
     desc["elem_bytes"] = box.element_size()
     desc["piece_idx"] = piece_idx
     return desc

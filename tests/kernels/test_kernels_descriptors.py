@@ -11,7 +11,7 @@ from kernel_boxes import bucket, pack_desc, unpack_desc
 from wsync import kernels
 from wsync.errors import ConfigError
 from wsync.plan import descriptors
-from wsync.plan.descriptors import AMAX_DESC, OP_BF16, OP_COPY, OP_FP8_BLOCK128, PACK_DESC, SRC_BYTES, SRC_F32
+from wsync.plan.descriptors import AMAX_DESC, OP_BF16, OP_COPY, OP_FP8_BLOCK128, PACK_DESC, SRC_BYTES, SRC_F32, SRC_F64
 
 
 @pytest.mark.parametrize("name", ["PACK_DESC", "AMAX_DESC", "UNPACK_DESC"])
@@ -31,6 +31,10 @@ def test_descriptors_have_the_same_bytes_in_python_and_cpp(name):
         ({"src": 0}, "src is null"),
         ({"op": OP_BF16, "src_dtype": SRC_BYTES}, "src_dtype 0"),
         ({"op": OP_BF16, "src_dtype": SRC_F32}, "elem_bytes is 2, but src_dtype 2 has 4"),
+        ({"src_dtype": SRC_F32, "elem_bytes": 4}, "src_dtype 2 cannot be copied"),
+        ({"src_dtype": SRC_F64}, "elem_bytes is 2, but src_dtype 5 has 8"),
+        ({"src_dtype": 6}, "src_dtype 6 cannot be copied"),
+        ({"op": OP_BF16, "src_dtype": SRC_F64, "elem_bytes": 8}, "src_dtype 5 is not one of"),
         ({"op": OP_FP8_BLOCK128}, "scales is null"),
         ({"op": OP_FP8_BLOCK128, "scales": 64, "row_phase": 128}, "phase 128"),
         ({"op": OP_FP8_BLOCK128, "scales": 64, "extent": (2, 1, 2, 4)}, "more than two dimensions"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from kernel_boxes import raw_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from wsync.errors import ConfigError, DtypeMismatchError, NonFiniteError, RecipeError
+from wsync.errors import ConfigError, DtypeMismatchError, NonFiniteError, RecipeError, ShapeMismatchError
 from wsync.formats import decode_e4m3
 from wsync.kernels import dequantize, quantize
 from wsync.spec.recipes import RECIPES, recipe_parts
@@ -120,3 +123,64 @@ def test_what_a_recipe_cannot_encode_is_refused_by_name():
         quantize(torch.zeros(4, 4, device="meta"), "bf16")
     with pytest.raises(RecipeError, match="weight_scale_inv"):
         dequantize({"weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, "fp8_block128")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("recipe", ROUNDING)
+def test_views_that_negate_or_turn_around_are_taken_by_their_values(recipe, backend):
+    weight = weight_of((130, 140), torch.float32)
+    expected = quantize(-weight, recipe, "reference")
+    got = quantize(torch._neg_view(weight), recipe, backend)
+    assert all(same_bits(got[name], expected[name]) for name in expected)
+    turned = quantize(weight.numpy()[::-1, ::-1], recipe, backend)
+    expected = quantize(weight.flip(0, 1), recipe, "reference")
+    assert all(same_bits(turned[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def dtensor(tmp_path_factory):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('gloo') / 'store'}", rank=0, world_size=1
+    )
+    yield distribute_tensor(torch.ones(256, 256), init_device_mesh("cpu", (1,)), [Shard(0)])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_tensor_without_plain_memory_is_refused_by_name(recipe, backend, dtensor):
+    with FakeTensorMode():
+        fake = torch.ones(4, 4)
+    freed = torch.ones(4, 4)
+    freed.untyped_storage().resize_(0)
+    for weight, error, says in (
+        (dtensor, DtypeMismatchError, r"it is a DTensor of shape \(256, 256\)"),
+        (fake, DtypeMismatchError, r"it is a FakeTensor of shape \(4, 4\)"),
+        (torch.eye(4).to_sparse(), DtypeMismatchError, r"it has torch\.sparse_coo"),
+        (torch.eye(4).to_sparse_csr(), DtypeMismatchError, r"it has torch\.sparse_csr"),
+        (freed, ConfigError, r"needs 64 bytes, its storage has 0"),
+        (np.ones((4, 4), ">f4"), DtypeMismatchError, ">f4"),
+        (torch.ones(4, 4, device="meta"), ConfigError, "is on meta"),
+    ):
+        with pytest.raises(error, match=says):
+            quantize(weight, recipe, backend)
+
+
+@pytest.mark.parametrize("recipe", ["fp8_block128", "fp8_block128_f32"])
+def test_parts_that_do_not_fit_are_refused_with_both_values(recipe):
+    codes = torch.zeros(256, 200, dtype=torch.float8_e4m3fn)
+    scales = torch.ones(2, 2)
+    for weight, scale, error, says in (
+        (codes, torch.ones(1, 1), ShapeMismatchError, r"\(256, 200\) has scales of shape \(2, 2\).*have \(1, 1\)"),
+        (codes, torch.ones(2, 2, 1), ShapeMismatchError, r"have \(2, 2, 1\)"),
+        (codes[0], scales, ShapeMismatchError, r"2 or more dimensions, but this one has \(200,\)"),
+        (codes.to(torch.bfloat16), scales, DtypeMismatchError, r"float8_e4m3fn, but this one is torch\.bfloat16"),
+        (codes.to(torch.float8_e5m2), scales, DtypeMismatchError, r"float8_e4m3fn, but this one is torch\.float8_e5m2"),
+        (codes, scales.to(torch.bfloat16), DtypeMismatchError, r"float32, but these are torch\.bfloat16"),
+        (codes, scales.to("meta"), ConfigError, "'weight_scale_inv' is on meta"),
+        (codes, scales.to_sparse(), DtypeMismatchError, r"it has torch\.sparse_coo"),
+    ):
+        with pytest.raises(error, match=says):
+            dequantize({"weight": weight, "weight_scale_inv": scale}, recipe)
+    raw = dequantize({"weight": codes.view(torch.uint8), "weight_scale_inv": scales}, recipe)
+    assert torch.equal(raw, torch.zeros(256, 200))

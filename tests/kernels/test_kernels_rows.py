@@ -11,7 +11,7 @@ from kernel_boxes import ISAS, bucket, finite_bf16, pack_desc, raw_bytes, unpack
 
 from wsync import kernels
 from wsync.formats import digest_bytes, round_to_bf16
-from wsync.plan.descriptors import OP_BF16, OP_COPY, SRC_F32_EXACT
+from wsync.plan.descriptors import OP_BF16, OP_COPY, SRC_BYTES, SRC_F32_EXACT
 
 INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNCOUNTED = (1 << 64) - 1
@@ -154,9 +154,47 @@ def test_a_finite_f32_that_would_round_to_infinity_is_refused_and_the_largest_th
     assert kernels.pack(exact, out.ctypes.data, isa=isa).bad == (0, 2)
 
 
-def test_copies_do_not_look_at_values():
-    values = torch.tensor([float("nan"), float("inf")], dtype=torch.bfloat16)
-    assert kernels.pack(pack_desc(values, OP_COPY), bucket(64).ctypes.data).bad is None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_copies_of_bytes_do_not_look_at_values(dtype):
+    values = torch.tensor([float("nan"), float("inf")], dtype=dtype)
+    assert kernels.pack(pack_desc(values, OP_COPY, src_dtype=SRC_BYTES), bucket(64).ctypes.data).bad is None
+
+
+FLOATS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(box=boxes(), seed=st.integers(0, 99), dtype=st.sampled_from(sorted(FLOATS, key=str)), data=st.data())
+def test_a_copied_float_keeps_its_bytes_and_the_first_that_torch_calls_not_finite_is_named(box, seed, dtype, data):
+    storage = noise(box[0], dtype.itemsize, seed).view(dtype)
+    storage[~storage.isfinite()] = torch.finfo(dtype).max
+    source = view_of(storage, box)
+    expected = raw_bytes(source.view(FLOATS[dtype]))
+    place = data.draw(st.integers(0, source.numel() - 1))
+    bad = data.draw(st.sampled_from([float("nan"), -float("nan"), float("inf"), float("-inf")]))
+    for isa in ISAS:
+        out = bucket(len(expected))
+        result = kernels.pack(pack_desc(source, OP_COPY, wire_word=9), out.ctypes.data, 1, isa=isa)
+        assert result == (digest_bytes(expected, 9), None)
+        assert np.array_equal(out, expected)
+    source[np.unravel_index(place, tuple(source.shape))] = bad
+    for isa in ISAS:
+        desc = pack_desc(source, OP_COPY, piece_idx=7)
+        assert kernels.pack(desc, bucket(len(expected)).ctypes.data, 1, isa=isa).bad == (7, place)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_values_that_would_not_survive_a_rounding_may_be_copied(isa):
+    values = torch.tensor([3.4e38, -3.4028234e38, 1e-45], dtype=torch.float32)
+    assert not bool(values.to(torch.bfloat16).isfinite().all())
+    assert kernels.pack(pack_desc(values, OP_COPY), bucket(64).ctypes.data, isa=isa).bad is None
+    wide = torch.tensor([1.7976931348623157e308, 5e-324], dtype=torch.float64)
+    assert kernels.pack(pack_desc(wide, OP_COPY), bucket(64).ctypes.data, isa=isa).bad is None
 
 
 @pytest.mark.parametrize("isa", ISAS)

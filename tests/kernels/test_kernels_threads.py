@@ -37,6 +37,48 @@ def test_a_forked_child_starts_workers_of_its_own():
     assert done.returncode == 0
 
 
+def test_a_process_ends_while_daemon_threads_are_inside_kernels():
+    script = """
+        import threading
+        import time
+        import numpy as np
+        from wsync import kernels
+        from wsync.plan.descriptors import PACK_DESC, UNPACK_DESC
+
+        nbytes = 8 << 20
+        a, b = np.zeros(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+        pack, unpack = np.zeros(1, PACK_DESC), np.zeros(1, UNPACK_DESC)
+        pack["src"], unpack["dst"] = a.ctypes.data, a.ctypes.data
+        for desc, stride in ((pack, "src_stride"), (unpack, "dst_stride")):
+            desc[stride], desc["extent"], desc["elem_bytes"] = (0, 0, 0, 1), (1, 1, 1, nbytes), 1
+        calls = {
+            "pack": lambda: kernels.pack(pack, b.ctypes.data, 1),
+            "unpack": lambda: kernels.unpack(unpack, b.ctypes.data, 1),
+            "installed_digest": lambda: kernels.installed_digest(unpack, 1),
+            "digest": lambda: kernels.digest(a.ctypes.data, nbytes, 0, 1),
+            "memcpy": lambda: kernels.memcpy(b.ctypes.data, a.ctypes.data, nbytes, 2),
+            "zero_digest": lambda: kernels.zero_digest(0, nbytes),
+        }
+        began = []
+
+        def forever(name):
+            calls[name]()
+            began.append(name)
+            while True:
+                calls[name]()
+
+        for name in calls:
+            threading.Thread(target=forever, args=(name,), daemon=True).start()
+        while len(began) < len(calls):
+            time.sleep(0.01)
+        print("main ends")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], timeout=60, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "main ends\n", "")
+
+
 def test_the_gil_is_released_while_kernels_run():
     data = np.zeros(64 << 20, np.uint8)
     ticks, calling = 0, True

@@ -164,8 +164,11 @@ def test_another_model_is_refused_by_name_on_both_sides(key_file):
     with wsync.Source(trainer, store="tcp://127.0.0.1:0", key_file=key_file) as source:
         with pytest.raises(wsync.ShapeMismatchError, match=r"\(256, 200\).*\(256, 201\)"):
             wsync.Sink(engine, store=source.store, key_file=key_file)
+        with pytest.raises(wsync.ShapeMismatchError, match=r"\(256, 200\).*\(256, 201\)"):
+            source.publish(1, deadline_s=5).wait_committed()
+        # A refusal counts once: an engine that fits may come afterwards.
         with pytest.raises(wsync.DeadlineError, match="needs 1 complete replicas and has 0"):
-            source.publish(1, deadline_s=0.5).wait_committed()
+            source.publish(2, deadline_s=0.5).wait_committed()
 
 
 def test_an_engine_with_a_tensor_that_the_trainer_lacks_is_refused(key_file):
@@ -341,3 +344,26 @@ def test_a_restarted_trainer_begins_a_new_incarnation_and_may_rewind(key_file):
         with wsync.Source(trainer, store=f"tcp://127.0.0.1:{port}", key_file=key_file) as second:
             sync(second, 2)
         assert equal_bytes(trainer, engine)
+
+
+def test_what_the_loader_sets_itself_is_set_in_an_engine_that_never_loaded_a_checkpoint(key_file):
+    trainer = {"embed": torch.randn(10, 8).to(torch.bfloat16)}
+    live = {"padded": torch.full((16, 8), 7.0, dtype=torch.bfloat16), "copy": torch.full((10, 8), 7.0).bfloat16()}
+
+    def load(weights):
+        for _, weight in weights:
+            live["padded"][:10].copy_(weight)
+            live["padded"][10:].zero_()
+            live["copy"].copy_(weight)
+
+    with wsync.Source(trainer, store="tcp://127.0.0.1:0", key_file=key_file) as source:
+        with wsync.Sink(live, load, store=source.store, key_file=key_file) as sink:
+            assert bool((live["padded"] == 7).all())  # recording writes nothing
+            engine = threading.Thread(target=lambda: sink.commit(sink.prepare(20)))
+            engine.start()
+            report = source.publish(1, deadline_s=20).wait_committed()
+            engine.join()
+    assert torch.equal(live["padded"][:10], trainer["embed"])
+    assert torch.equal(live["copy"], trainer["embed"])
+    assert bool((live["padded"][10:] == 0).all())
+    assert report.wire_bytes == 160

@@ -114,6 +114,10 @@ def test_a_recipe_that_cannot_encode_the_tensor_names_it():
         (ManifestError, SourceManifest((HOST,), (W,), ()), "1 tensors, but shards of 0"),
         (ManifestError, SourceManifest((), (W,), ((),)), "at least 1 rank, got 0"),
         (DtypeMismatchError, source(TensorSpec("w", (8, 6), "complex64")), "complex64"),
+        (ManifestError, source(TensorSpec("w", (1,) * 1100, "bool")), "'w' has 1100 dimensions, allowed are 32"),
+        (ManifestError, source(TensorSpec("w", (-8, 6), "bool")), r"'w' has shape \(-8, 6\), allowed are sizes from 0"),
+        (ManifestError, source(TensorSpec("w", (1 << 62, 2), "bool")), f"{1 << 63} bytes, allowed are {1 << 62}"),
+        (ManifestError, source(TensorSpec("w", (8, 6), "bool", kind="x")), "'w' is of kind 'x', allowed are parameter"),
         (
             UnknownTensorError,
             source(W, TensorSpec("a", (8, 6), "bfloat16", alias_of="z")),
@@ -127,6 +131,22 @@ def test_a_recipe_that_cannot_encode_the_tensor_names_it():
 def test_a_source_that_contradicts_itself_is_named(error, manifest, says):
     with pytest.raises(error, match=says):
         make_plan(manifest, sink())
+
+
+def test_a_tensor_of_as_many_dimensions_as_are_allowed_is_planned():
+    shape = (1,) * 30 + (8, 6)
+    whole = CopySpec("w", "weight", Box.whole(shape), 0, 0, (48,) * 30 + (6, 1))
+    assert make_plan(source(TensorSpec("w", shape, "bfloat16")), sink(whole)).wire_bytes == 96
+
+
+def test_fp8_may_be_kept_in_memory_of_bytes_and_bytes_in_memory_of_fp8():
+    fp8 = {"recipe": "fp8_block128", "size": 48}
+    assert make_plan(source(), sink(**fp8, dtype="uint8")).parts[0].dtype == "float8_e4m3fn"
+    raw = source(TensorSpec("w", (8, 6), "uint8"))
+    assert make_plan(raw, sink(recipe="raw", dtype="float8_e4m3fn")).parts[0].dtype == "uint8"
+    for other in ("int8", "bool", "float8_e5m2"):
+        with pytest.raises(DtypeMismatchError, match=f"keeps 'w' as {other} .*the wire carries float8_e4m3fn"):
+            make_plan(source(), sink(**fp8, dtype=other))
 
 
 def test_a_plan_needs_an_engine():

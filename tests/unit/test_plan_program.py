@@ -19,7 +19,10 @@ from wsync.plan.descriptors import (
     PACK_DESC,
     SRC_BF16,
     SRC_BYTES,
+    SRC_F16,
     SRC_F32,
+    SRC_F32_EXACT,
+    SRC_F64,
     UNPACK_DESC,
 )
 from wsync.plan.program import ShardMemory, StorageMemory, compile_sink, compile_source
@@ -115,8 +118,10 @@ def run_pack(descs: np.ndarray, bucket: np.ndarray, words_before: int) -> int:
 def packed(desc) -> bytes:
     op, extents = int(desc["op"]), desc["extent"]
     if op == OP_COPY:
-        assert desc["src_dtype"] == SRC_BYTES
         elem_bytes = int(desc["elem_bytes"])
+        assert elem_bytes == {SRC_BF16: 2, SRC_F16: 2, SRC_F32_EXACT: 4, SRC_F64: 8}.get(
+            int(desc["src_dtype"]), elem_bytes
+        )
         return view(desc["src"], f"|V{elem_bytes}", desc["src_stride"], extents, elem_bytes).tobytes()
     values = source_view(desc, desc["src_stride"], extents)
     if op == OP_BF16:
@@ -214,6 +219,7 @@ def run_programs(source: SourceManifest, sink: SinkManifest, options: PlanOption
         for pos, bucket in enumerate(slice_.buckets):
             got = run_unpack(program.buckets[pos], wire[bucket.bucket_idx])
             assert (got + program.padding_digests[pos]) % M64 == digests[bucket.bucket_idx]
+            check_duplicates(program, pos)
         for copy in manifest.copies:
             spec = manifest.storages[copy.storage_idx]
             size = itemsize(spec.dtype)
@@ -224,6 +230,24 @@ def run_programs(source: SourceManifest, sink: SinkManifest, options: PlanOption
             part = whole_part(tensor, values, manifest.recipes[copy.tensor], copy.role)
             expected = part[tuple(slice(o, e) for o, e in zip(copy.box.offset, copy.box.end, strict=True))]
             assert live.tobytes() == expected.tobytes()
+
+
+def check_duplicates(program, pos: int) -> None:
+    """Each uncounted descriptor has a twin that is counted, and bytes of the digest of its first destination."""
+    descs, duplicates = program.buckets[pos], program.duplicates[pos]
+    uncounted = descs[descs["wire_word"] == M64 - 1]
+    assert len(uncounted) == len(duplicates.descs) == len(duplicates.storages)
+    for was, made, first in zip(uncounted, duplicates.descs, descs[duplicates.first_idx], strict=True):
+        assert [was[f] for f in ("dst", "piece_idx")] == [made[f] for f in ("dst", "piece_idx")]
+        assert made["wire_word"] == first["wire_word"] != M64 - 1
+        assert made["src_offset"] == first["src_offset"]
+        assert installed(made) == installed(first)
+
+
+def installed(desc) -> int:
+    elem_bytes = int(desc["elem_bytes"])
+    live = view(desc["dst"], f"|V{elem_bytes}", desc["dst_stride"], desc["extent"], elem_bytes)
+    return word_digest(live.tobytes(), int(desc["wire_word"]))
 
 
 def pack_all(programs) -> tuple[dict[int, np.ndarray], dict[int, int]]:
@@ -329,6 +353,44 @@ def test_the_second_home_of_a_tied_weight_is_not_counted_again():
     (slice_,) = sink_slices(make_plan(source, SinkManifest((rank,))))
     program = compile_sink(slice_, rank, [StorageMemory(4096, 64, "bfloat16")])
     assert [int(w) for w in program.buckets[0]["wire_word"]] == [0, M64 - 1]
+    (duplicates,) = program.duplicates
+    assert (
+        duplicates.descs.tobytes()
+        == np.array([(4096 + 64, (0, 0, 4, 1), (1, 1, 8, 4), 0, 0, 2, 1)], UNPACK_DESC).tobytes()
+    )
+    assert (duplicates.first_idx.tolist(), duplicates.storages) == ([0], ("s",))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "src_dtype"),
+    [
+        ("float32", "parameter", SRC_F32_EXACT),
+        ("float16", "parameter", SRC_F16),
+        ("bfloat16", "parameter", SRC_BF16),
+        ("float64", "parameter", SRC_F64),
+        ("int64", "parameter", SRC_BYTES),
+        ("float8_e4m3fn", "parameter", SRC_BYTES),
+        ("float32", "buffer", SRC_BYTES),
+        ("float16", "buffer", SRC_BYTES),
+    ],
+)
+def test_raw_parameters_of_a_wide_float_dtype_are_checked_and_buffers_are_not(dtype, kind, src_dtype):
+    tensors = (TensorSpec("w", (8, 4), dtype, kind=kind),)
+    source = SourceManifest((HOST,), tensors, (((Box.whole((8, 4)),),),))
+    copy = CopySpec("w", "weight", Box.whole((8, 4)), 0, 0, (4, 1))
+    rank = SinkRankManifest("e", 0, 1, HOST, {"w": "raw"}, (StorageSpec("s", dtype, 32),), (copy,))
+    program = compiled(source, SinkManifest((rank,)))
+    assert program.buckets[0]["op"].tolist() == [OP_COPY]
+    assert program.buckets[0]["src_dtype"].tolist() == [src_dtype]
+
+
+def test_compile_sink_takes_bytes_for_fp8():
+    source, sink = small_job()
+    (slice_,), (rank,) = sink_slices(make_plan(source, sink)), sink.ranks
+    memory = [StorageMemory(4096, 60000, "uint8"), StorageMemory(1 << 20, 6, "float32")]
+    assert len(compile_sink(slice_, rank, memory).buckets) == len(slice_.buckets)
+    with pytest.raises(DtypeMismatchError, match="int8 in memory, float8_e4m3fn in the manifest"):
+        compile_sink(slice_, rank, [StorageMemory(4096, 60000, "int8"), memory[1]])
 
 
 def test_compile_source_refuses_memory_of_another_box():

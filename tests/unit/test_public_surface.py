@@ -104,6 +104,7 @@ def test_sink_has_this_surface():
     assert public_members(wsync.Sink) == [
         "close",
         "commit",
+        "last_error",
         "last_pause_s",
         "poll",
         "prepare",

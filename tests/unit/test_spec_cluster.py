@@ -75,6 +75,12 @@ def test_a_truncated_file_is_a_named_error(length):
         decode_cluster(data[:length])
 
 
+def test_a_file_that_is_not_utf8_is_a_named_error():
+    data = encode_cluster(FULL).replace(b'"name": "', b'"name": "\xff', 1)
+    with pytest.raises(ConfigError, match="is not a cluster description"):
+        decode_cluster(data)
+
+
 def test_every_proper_prefix_of_a_file_is_refused():
     data = encode_cluster(FULL).rstrip()
     for length in range(len(data)):

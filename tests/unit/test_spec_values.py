@@ -15,6 +15,7 @@ from wsync.errors import (
     error_from_wire,
 )
 from wsync.spec import (
+    ITEMSIZE,
     Box,
     RankInfo,
     SourceManifest,
@@ -29,6 +30,7 @@ from wsync.spec import (
     itemsize,
     merge_source,
     recipe_parts,
+    same_bytes,
     scale_grid,
 )
 
@@ -110,6 +112,53 @@ def test_merged_manifests_are_in_order_of_rank():
 def test_ranks_that_disagree_are_refused_with_both_values(ranks, says):
     with pytest.raises(ManifestError, match=says):
         merge_source(ranks)
+
+
+def manifest_with(tensors, shards, rank=0, world=1) -> SourceRankManifest:
+    return SourceRankManifest(rank, world, RankInfo("h"), tensors, shards)
+
+
+def two_ranks(second_shards) -> list[SourceRankManifest]:
+    good = ((Box((0,), (2,)),),)
+    return [manifest_with(ONE_TENSOR, good, 0, 2), manifest_with(ONE_TENSOR, second_shards, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        (two_ranks(()), "rank 1 lists 1 tensors, but shards of 0"),
+        (two_ranks(((), ())), "rank 1 lists 1 tensors, but shards of 2"),
+        (two_ranks(((Box((0, 0), (2, 1)),),)), r"'w' on trainer rank 1 has 2 dimensions.*shape is \(4,\)"),
+        (two_ranks(((Box((0,), (2, 1)),),)), r"'w' on trainer rank 1 has 2 dimensions.*shape is \(4,\)"),
+        (two_ranks(((Box((-1,), (2,)),),)), r"offset \(-1,\).*not inside the tensor's shape \(4,\)"),
+        (two_ranks(((Box((1,), (-2,)),),)), r"shape \(-2,\)\) is not inside the tensor's shape \(4,\)"),
+        (two_ranks(((Box((3,), (2,)),),)), r"offset \(3,\), shape \(2,\)\) is not inside the tensor's shape \(4,\)"),
+        ([manifest_with(ONE_TENSOR, ((),), 0, 1 << 60)], f"world size {1 << 60} needs ranks"),
+        ([manifest_with((TensorSpec("w", (1,) * 33, "bool"),), ((),))], "'w' has 33 dimensions, allowed are 32"),
+        ([manifest_with((TensorSpec("w", (4, -1), "bool"),), ((),))], r"'w' has shape \(4, -1\)"),
+        ([manifest_with((TensorSpec("w", (1 << 40, 1 << 23), "bool"),), ((),))], f"{1 << 63} bytes, allowed"),
+        ([manifest_with((TensorSpec("w", (4,), "bool", kind="toy"),), ((),))], "kind 'toy', allowed are parameter"),
+        ([manifest_with((TensorSpec("w", (4,), "complex64"),), ((),))], "complex64"),
+    ],
+)
+def test_ranks_that_hold_what_cannot_be_are_refused_with_both_values(ranks, says):
+    with pytest.raises(ManifestError, match=says):
+        merge_source(ranks)
+
+
+def test_text_that_is_not_utf8_is_refused_as_a_message_that_does_not_decode():
+    data = encode(RankInfo("here"))
+    bad = data.replace(b"here", b"\xff\xfe\xfd\xfc")
+    assert bad != data
+    with pytest.raises(WireError, match=f"{len(bad)} bytes do not decode as RankInfo.*utf-8"):
+        decode(bad, RankInfo)
+
+
+def test_only_8_bit_floats_may_lie_in_memory_of_bytes():
+    pairs = {(a, b) for a in ITEMSIZE for b in ITEMSIZE if a != b and same_bytes(a, b)}
+    floats = {d for d in ITEMSIZE if d.startswith("float8_")}
+    assert pairs == {("uint8", f) for f in floats} | {(f, "uint8") for f in floats}
+    assert all(same_bytes(d, d) for d in ITEMSIZE)
 
 
 def test_encoding_is_strict():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wsync.errors import DtypeMismatchError, NonFiniteError, RecipeError
+from wsync.errors import DtypeMismatchError, NonFiniteError, RecipeError, ShapeMismatchError
 from wsync.formats.bf16 import round_to_bf16
 from wsync.formats.fp8_block128 import dequantize_block128, quantize_block128
-from wsync.spec.recipes import get_recipe
+from wsync.spec.recipes import get_recipe, scale_grid
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What a recipe that rounds can take."""
@@ -88,7 +88,9 @@ def dequantize_reference(parts: dict[str, Tensor], recipe: str, dtype: torch.dty
         dtype: of the result; the value is computed in f32 and cast once.
 
     Raises:
+        DtypeMismatchError: an fp8 recipe's weight is not e4m3 (or its codes as uint8), or its scales are not f32.
         RecipeError: the recipe is unknown, or one of its parts is missing.
+        ShapeMismatchError: the scales are not the grid of the weight.
     """
     for name in part_names(recipe):
         if name not in parts:
@@ -97,4 +99,22 @@ def dequantize_reference(parts: dict[str, Tensor], recipe: str, dtype: torch.dty
             )
     if recipe in ("raw", "bf16"):
         return parts["weight"].to(dtype)
-    return dequantize_block128(parts["weight"], parts["weight_scale_inv"]).to(dtype)
+    codes, scales = parts["weight"], parts["weight_scale_inv"]
+    _check_block128(codes, scales, recipe)
+    return dequantize_block128(codes, scales).to(dtype)
+
+
+def _check_block128(codes: Tensor, scales: Tensor, recipe: str) -> None:
+    if codes.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        raise DtypeMismatchError(f"recipe {recipe!r} has weights of torch.float8_e4m3fn, but this one is {codes.dtype}")
+    if scales.dtype != torch.float32:
+        raise DtypeMismatchError(f"recipe {recipe!r} has scales of torch.float32, but these are {scales.dtype}")
+    shape = tuple(codes.shape)
+    if len(shape) < 2:
+        raise ShapeMismatchError(f"recipe {recipe!r} has weights of 2 or more dimensions, but this one has {shape}")
+    grid = scale_grid(shape, get_recipe(recipe).block)
+    if tuple(scales.shape) != grid:
+        raise ShapeMismatchError(
+            f"a weight of shape {shape} has scales of shape {grid} in recipe {recipe!r}, but these have "
+            f"{tuple(scales.shape)}"
+        )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from wsync.errors import ConfigError
 from wsync.native import load_extension
 from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, UNPACK_DESC
+from wsync.plan.sink_program import SinkProgram
 
 _C = load_extension()
 
@@ -44,9 +45,9 @@ def pack(descs: Descriptors, dst_base: int, num_threads: int = 0, *, isa: str = 
     """Gather, check, quantise and write every box into the bucket at ``dst_base``, in one pass.
 
     Args:
-        descs: vector of `PACK_DESC`. ``OP_COPY`` moves bytes unchecked; the other operations refuse values that
-            are NaN, infinite, or become infinite when they are rounded to bf16. The fp8 operations read
-            (``OP_FP8_SCALED``) or write (the others) the f32 scales at ``scales``.
+        descs: vector of `PACK_DESC`. All operations refuse values that are NaN or infinite (``OP_COPY`` only where
+            ``src_dtype`` is a float's), the others also those that become infinite when they are rounded to bf16. The
+            fp8 operations read (``OP_FP8_SCALED``) or write (the others) the f32 scales at ``scales``.
         dst_base: address of the bucket. Bytes between pieces are not touched: the caller zeroes them once.
         num_threads: see the package.
         isa: see the package.
@@ -107,6 +108,36 @@ def installed_digest(descs: Descriptors, num_threads: int = 0, *, isa: str = "au
     """
     digest_: int = _C.installed_digest(_checked(descs, UNPACK_DESC, "UNPACK_DESC"), num_threads, isa)
     return digest_
+
+
+def mismatched_duplicate(
+    program: SinkProgram, bucket_pos: int, num_threads: int = 0, *, isa: str = "auto"
+) -> int | None:
+    """Compare what lies at the further destinations of a bucket's pieces now with what lies at the first ones.
+
+    `installed_digest` of the bucket's own descriptors leaves the further destinations out.
+
+    Args:
+        program: that was unpacked.
+        bucket_pos: position of the bucket in the program.
+        num_threads: see the package.
+        isa: see the package.
+
+    Returns:
+        Index into ``program.duplicates[bucket_pos]`` of the first one that differs, or None.
+    """
+    duplicates = program.duplicates[bucket_pos]
+    if len(duplicates.descs) == 0:
+        return None
+    firsts = program.buckets[bucket_pos][duplicates.first_idx]
+    if installed_digest(duplicates.descs, num_threads, isa=isa) == installed_digest(firsts, num_threads, isa=isa):
+        return None
+    for i in range(len(firsts)):
+        one = slice(i, i + 1)
+        here = installed_digest(duplicates.descs[one], num_threads, isa=isa)
+        if here != installed_digest(firsts[one], num_threads, isa=isa):
+            return i
+    return None
 
 
 def digest(address: int, nbytes: int, first_word: int, num_threads: int = 0, *, isa: str = "auto") -> int:

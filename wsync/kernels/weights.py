@@ -34,18 +34,48 @@ _OPS = {"bf16": OP_BF16, "fp8_block128": OP_FP8_BLOCK128, "fp8_block128_f32": OP
 def as_tensor(weight: Any) -> Tensor:
     """A tensor over the memory of ``weight``: a tensor, a NumPy array, or anything that speaks DLPack.
 
+    Conjugated and negated views, read-only arrays and arrays with negative strides are copied.
+
     Raises:
-        DtypeMismatchError: it is none of these.
+        ConfigError: a tensor whose memory was freed.
+        DtypeMismatchError: it is none of these, or has no plain memory of its own: a sparse tensor, or a subclass that
+            dispatches (DTensor, FakeTensor).
     """
-    if isinstance(weight, Tensor):
-        return weight.detach()
-    if hasattr(weight, "__dlpack__"):
-        if isinstance(weight, np.ndarray) and not weight.flags.writeable:
-            weight = weight.copy()  # DLPack has no read-only arrays
+    tensor: Tensor = weight if isinstance(weight, Tensor) else _from_dlpack(weight)
+    _check_memory(tensor)
+    plain: Tensor = tensor.detach().as_subclass(Tensor)
+    return plain.resolve_conj().resolve_neg()
+
+
+def _from_dlpack(weight: Any) -> Tensor:
+    if not hasattr(weight, "__dlpack__"):
+        raise DtypeMismatchError(
+            f"a weight is a tensor, an array or an object with __dlpack__, but it is {type(weight).__name__}"
+        )
+    if isinstance(weight, np.ndarray) and (not weight.flags.writeable or min(weight.strides, default=0) < 0):
+        weight = weight.copy(order="C")  # DLPack has no read-only arrays, and torch no negative strides
+    try:
         return torch.utils.dlpack.from_dlpack(weight)
-    raise DtypeMismatchError(
-        f"a weight is a tensor, an array or an object with __dlpack__, but it is {type(weight).__name__}"
-    )
+    except (BufferError, RuntimeError, TypeError, ValueError) as e:
+        dtype = getattr(weight, "dtype", "an unknown dtype")
+        raise DtypeMismatchError(f"torch cannot take a weight of {type(weight).__name__} with {dtype}: {e}") from e
+
+
+def _check_memory(weight: Tensor) -> None:
+    kind = type(weight)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise DtypeMismatchError(
+            f"a weight is a tensor with memory of its own, but it is a {kind.__name__} of shape {tuple(weight.shape)}",
+            hint="pass the local tensor, such as DTensor.to_local() or DTensor.full_tensor()",
+        )
+    if weight.layout != torch.strided:
+        raise DtypeMismatchError(f"a weight has the layout torch.strided, but it has {weight.layout}")
+    if weight.device.type == "cpu" and weight.numel():
+        span = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
+        needed = (weight.storage_offset() + span) * weight.element_size()
+        held = weight.untyped_storage().nbytes()
+        if held < needed:
+            raise ConfigError(f"a weight of shape {tuple(weight.shape)} needs {needed} bytes, its storage has {held}")
 
 
 def quantize(weight: Any, recipe: str, backend: str = "auto") -> dict[str, Tensor]:
@@ -63,8 +93,8 @@ def quantize(weight: Any, recipe: str, backend: str = "auto") -> dict[str, Tenso
         ``weight_scale_inv`` (f32 ``[..., ceil(N/128), ceil(K/128)]``, the multiplier that gives the weight back).
 
     Raises:
-        ConfigError: the backend is unknown, or the weight is not in CPU memory.
-        DtypeMismatchError: the recipe does not take this dtype.
+        ConfigError: the backend is unknown, or the weight is not in CPU memory (or its memory was freed).
+        DtypeMismatchError: the recipe does not take this dtype, or the weight is no plain tensor: see `as_tensor`.
         NonFiniteError: an element is NaN or infinite, or its bf16 rounding is; it names the first one.
         RecipeError: the recipe is unknown or does not take this shape.
     """
@@ -83,9 +113,16 @@ def dequantize(parts: dict[str, Tensor], recipe: str, dtype: torch.dtype = torch
     """Decode the parts of one weight: ``q * scale`` in f32, cast once to ``dtype``.
 
     Raises:
+        ConfigError: a part is not in CPU memory (or its memory was freed).
+        DtypeMismatchError: a part has a dtype that the recipe does not write, or is no plain tensor: see `as_tensor`.
         RecipeError: the recipe is unknown, or one of its parts is missing.
+        ShapeMismatchError: the scales are not the grid of the weight.
     """
-    return dequantize_reference(parts, recipe, dtype)
+    tensors = {name: as_tensor(part) for name, part in parts.items()}
+    for name, part in tensors.items():
+        if part.device.type != "cpu":
+            raise ConfigError(f"dequantize reads CPU memory, but {name!r} is on {part.device}")
+    return dequantize_reference(tensors, recipe, dtype)
 
 
 def _quantize_cpu(weight: Tensor, recipe: str) -> dict[str, Tensor]:

@@ -12,8 +12,17 @@ from wsync.errors import (
     UnknownTensorError,
 )
 from wsync.spec.box import Box
-from wsync.spec.dtypes import itemsize
-from wsync.spec.manifest import CopySpec, SinkManifest, SinkRankManifest, SourceManifest, StorageSpec, TensorSpec
+from wsync.spec.dtypes import same_bytes
+from wsync.spec.manifest import (
+    CopySpec,
+    SinkManifest,
+    SinkRankManifest,
+    SourceManifest,
+    StorageSpec,
+    TensorSpec,
+    check_shards,
+    check_tensor,
+)
 from wsync.spec.recipes import PartSpec, recipe_parts
 
 Claim = tuple[int, Box]
@@ -82,7 +91,7 @@ def check_source(source: SourceManifest) -> None:
     """Check a source manifest against itself.
 
     Raises:
-        ManifestError: no ranks, or lists of unequal length.
+        ManifestError: no ranks, lists of unequal length, or a tensor that cannot be.
         ShapeMismatchError: a shard that is not inside its tensor.
         DtypeMismatchError: a dtype that wsync does not move.
     """
@@ -92,32 +101,16 @@ def check_source(source: SourceManifest) -> None:
         raise ManifestError(f"the source lists {len(source.tensors)} tensors, but shards of {len(source.shards)}")
     checked: set[tuple[object, object]] = set()
     for tensor, shards in zip(source.tensors, source.shards, strict=True):
-        itemsize(tensor.dtype)
+        check_tensor(tensor)
         if (tensor.shape, shards) in checked:
             continue
         if len(shards) != len(source.ranks):
             raise ManifestError(
                 f"{tensor.name!r} has shards of {len(shards)} ranks, the source has {len(source.ranks)}"
             )
-        whole = Box.whole(tensor.shape)
         for rank, boxes in enumerate(shards):
-            for box in boxes:
-                _check_inside(f"shard of {tensor.name!r} on trainer rank {rank}", box, whole)
+            check_shards(tensor, rank, boxes)
         checked.add((tensor.shape, shards))
-
-
-def _check_inside(what: str, box: Box, whole: Box) -> None:
-    ndim = len(whole.shape)
-    if len(box.shape) != ndim or len(box.offset) != ndim:
-        raise ShapeMismatchError(
-            f"{what} has {len(box.shape)} dimensions (offset {box.offset}, shape {box.shape}), the tensor's shape is "
-            f"{whole.shape}"
-        )
-    for offset, extent, limit in zip(box.offset, box.shape, whole.shape, strict=True):
-        if offset < 0 or extent < 0 or offset + extent > limit:
-            raise ShapeMismatchError(
-                f"{what} (offset {box.offset}, shape {box.shape}) is not inside the tensor's shape {whole.shape}"
-            )
 
 
 def collect_demands(source: SourceManifest, sink: SinkManifest) -> list[Demand]:
@@ -213,7 +206,7 @@ def _check_copy(copy: CopySpec, part: PartSpec, storages: tuple[StorageSpec, ...
             f"{where} copies {part.name!r} to storage {copy.storage_idx}, but lists {len(storages)} storages"
         )
     storage = storages[copy.storage_idx]
-    if storage.dtype != part.dtype:
+    if not same_bytes(storage.dtype, part.dtype):
         raise DtypeMismatchError(
             f"{where} keeps {part.name!r} as {storage.dtype} (storage {storage.name!r}), the wire carries {part.dtype}",
             hint="declare a recipe for the tensor that writes the storage's dtype",

@@ -16,7 +16,8 @@ NUM_DIMS = 4
 """Dimensions of a descriptor. Boxes of more dimensions are collapsed or split when the program is compiled."""
 
 OP_COPY = 0
-"""Bytes as they are (``elem_bytes`` each)."""
+"""Bytes as they are (``elem_bytes`` each); refuses non-finite values of a float source dtype, `SRC_BYTES` is not
+looked at. Takes every source dtype but `SRC_F32`, which asks for a rounding."""
 OP_BF16 = 1
 """bf16 source, or f32 source rounded to bf16 (RNE); refuses non-finite values."""
 OP_FP8_BLOCK128 = 2
@@ -31,7 +32,9 @@ SRC_BF16 = 1
 SRC_F32 = 2
 SRC_F16 = 3
 SRC_F32_EXACT = 4
-"""Source dtypes: any bytes, bf16, f32 (rounded to bf16 first), f16 (as given, through exact f32), f32 (as given)."""
+SRC_F64 = 5
+"""Source dtypes: any bytes, bf16, f32 (rounded to bf16 first), f16 (as given, through exact f32), f32 (as given), f64
+(of copies only)."""
 
 PACK_DESC = np.dtype(
     [

@@ -21,7 +21,10 @@ from wsync.plan.descriptors import (
     PACK_DESC,
     SRC_BF16,
     SRC_BYTES,
+    SRC_F16,
     SRC_F32,
+    SRC_F32_EXACT,
+    SRC_F64,
     descriptor_dims,
 )
 from wsync.plan.geometry import touched_cells
@@ -29,7 +32,7 @@ from wsync.plan.padding import WORD_BYTES, padding_digest, padding_ranges
 from wsync.plan.types import MODE_SCALED, AmaxRegion, Bucket, Piece, SourceSlice, WirePart
 from wsync.spec.box import Box, contiguous_strides
 from wsync.spec.dtypes import itemsize
-from wsync.spec.manifest import TensorSpec
+from wsync.spec.manifest import PARAMETER, TensorSpec
 from wsync.spec.recipes import get_recipe, scale_grid
 
 F32Array = npt.NDArray[np.float32]
@@ -39,6 +42,9 @@ Allocate = Callable[[int], F32Array]
 
 _FUSED_OP = {"fp8_block128": OP_FP8_BLOCK128, "fp8_block128_f32": OP_FP8_BLOCK128_F32}
 _SRC_DTYPE = {"bfloat16": SRC_BF16, "float32": SRC_F32}
+_CHECKED_COPY = {"bfloat16": SRC_BF16, "float16": SRC_F16, "float32": SRC_F32_EXACT, "float64": SRC_F64}
+"""What a copied parameter of that dtype is declared as, so that its values must be finite. Buffers may hold anything
+(masks are infinite by design), and 8-bit floats are taken as bytes."""
 _F32_BYTES = 4
 
 
@@ -218,9 +224,11 @@ class _SourceCompiler:
         return shards[shard_idx]
 
     def _source_dtype(self, part: WirePart) -> tuple[int, int]:
-        dtype = self.tensors[part.tensor_idx].dtype
+        tensor = self.tensors[part.tensor_idx]
+        dtype = tensor.dtype
         if part.recipe == "raw":
-            return SRC_BYTES, itemsize(dtype)
+            checked = _CHECKED_COPY.get(dtype, SRC_BYTES)
+            return checked if tensor.kind == PARAMETER else SRC_BYTES, itemsize(dtype)
         if dtype not in _SRC_DTYPE:
             raise DtypeMismatchError(f"{part.name!r} is {dtype}, recipe {part.recipe!r} reads {', '.join(_SRC_DTYPE)}")
         return _SRC_DTYPE[dtype], itemsize(dtype)

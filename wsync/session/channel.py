@@ -7,13 +7,14 @@ Threads: any thread may `send`; one thread at a time may `recv`. The I/O thread 
 from __future__ import annotations
 
 import collections
+import contextlib
 import secrets
 import threading
 import time
 
 import zmq
 
-from wsync.errors import ConnectError, DeadlineError, PeerLostError, StateError, WireError, WsyncError
+from wsync.errors import ConfigError, ConnectError, DeadlineError, PeerLostError, StateError, WireError, WsyncError
 from wsync.session.auth import CurveKeys
 from wsync.session.messages import (
     MAX_MESSAGE_BYTES,
@@ -43,16 +44,22 @@ class Channel:
         store: ``tcp://host:port`` of the coordinator.
         keys: the job's keys.
         name: how this rank is called in messages, such as ``engine-0/1``.
+
+    Attributes:
+        arrived_s: monotonic time at which the message that was received last had arrived.
     """
 
     def __init__(self, store: str, keys: CurveKeys, name: str, *, peer_timeout_s: float = PEER_TIMEOUT_S) -> None:
+        if peer_timeout_s <= 2 * PING_S:
+            raise ConfigError(f"peer_timeout_s must be over {2 * PING_S:g} s, twice the ping, got {peer_timeout_s:g}")
         self.store = store
         self.name = name
         self.peer_timeout_s = peer_timeout_s
         self._keys = keys
         self._context = zmq.Context()
         self._arrived = threading.Condition()
-        self._inbox: collections.deque[ToClient] = collections.deque()
+        self._inbox: collections.deque[tuple[float, ToClient]] = collections.deque()
+        self.arrived_s = 0.0
         self._error: WsyncError | None = None
         self._last_heard = 0.0
         self._handshake_failures = 0
@@ -77,20 +84,27 @@ class Channel:
         with self._out_lock:
             if self._closed:
                 raise StateError(f"{self.name} is closed")
-            self._inner.send(encode_message(message))
+            try:
+                self._inner.send(encode_message(message), zmq.NOBLOCK)
+            except zmq.Again:  # the I/O thread ended
+                raise self._error or StateError(f"{self.name} lost its connection to {self.store}") from None
 
     def poll(self) -> ToClient | None:
         """The next message that is there, or None. Raises as `recv` does when the peer is lost."""
         with self._arrived:
             if self._inbox:
-                return self._inbox.popleft()
-            self._raise_if_broken()
+                return self._next()
+            self._raise_if_broken(patient=False)
         return None
+
+    def _next(self) -> ToClient:
+        self.arrived_s, message = self._inbox.popleft()
+        return message
 
     def unread(self, message: ToClient) -> None:
         """Put a message back: the next `recv` or `poll` returns it."""
         with self._arrived:
-            self._inbox.appendleft(message)
+            self._inbox.appendleft((self.arrived_s, message))
 
     def recv(self, deadline: float, what: str, *, patient: bool = False) -> ToClient:
         """The next message.
@@ -104,16 +118,16 @@ class Channel:
             DeadlineError: nothing came in time.
             PeerLostError: the coordinator went silent.
             ConnectError: the coordinator was never reached, or refused the key.
+            StateError: the channel is closed.
         """
         with self._arrived:
             while True:
                 if self._inbox:
-                    return self._inbox.popleft()
-                if not patient:
-                    self._raise_if_broken()
+                    return self._next()
+                self._raise_if_broken(patient)
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    self._raise_if_broken()
+                    self._raise_if_broken(patient=False)
                     self._raise_if_unreached(deadline)
                     raise DeadlineError(f"{self.name} ran out of time waiting for {what} from {self.store}")
                 self._arrived.wait(min(left, 0.2))
@@ -124,11 +138,22 @@ class Channel:
             if self._closed:
                 return
             self._closed = True
-            self._inner.send(encode_message(Leave()) if leave else b"")
-            self._inner.send(b"")
+            with contextlib.suppress(zmq.Again):
+                if leave:
+                    self._inner.send(encode_message(Leave()), zmq.NOBLOCK)
+                self._inner.send(b"", zmq.NOBLOCK)
+        with self._arrived:
+            self._inbox.clear()
+            self._error = StateError(f"{self.name} was closed")
+            self._arrived.notify_all()
         self._thread.join(timeout=5)
         self._inner.close(linger=0)
         self._context.destroy(linger=0)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the channel is closed, was refused, or cannot connect; silence alone does not break it."""
+        return self._error is not None
 
     @property
     def handshake_failures(self) -> int:
@@ -137,9 +162,11 @@ class Channel:
 
     # ---- state, under the condition
 
-    def _raise_if_broken(self) -> None:
+    def _raise_if_broken(self, patient: bool) -> None:
         if self._error is not None:
             raise self._error
+        if patient:
+            return
         silent = time.monotonic() - self._last_heard
         if self._last_heard and silent > self.peer_timeout_s:
             raise PeerLostError(
@@ -168,6 +195,8 @@ class Channel:
     def _run(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 500)
+        # A fixed identity, so that the coordinator knows this rank again after a reconnect.
+        socket.setsockopt(zmq.ROUTING_ID, b"c" + secrets.token_bytes(16))
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
@@ -184,7 +213,7 @@ class Channel:
             for s in (socket, self._outer, monitor):
                 poller.register(s, zmq.POLLIN)
             self._loop(socket, monitor, poller)
-        except zmq.ZMQError as e:
+        except Exception as e:  # callers wait on this thread: they must learn of every error
             self._fail(ConnectError(f"{self.name} cannot connect to {self.store}: {e}"))
         finally:
             socket.disable_monitor()
@@ -221,12 +250,12 @@ class Channel:
         with self._arrived:
             self._last_heard = time.monotonic()
             if isinstance(message, Refused):
-                self._error = message.fault.to_error()
-            elif not isinstance(message, Pong):
-                self._inbox.append(message)
+                self._error = self._error or message.fault.to_error()
+            elif not isinstance(message, Pong) and not self._closed:
+                self._inbox.append((self._last_heard, message))
             self._arrived.notify_all()
 
     def _fail(self, error: WsyncError) -> None:
         with self._arrived:
-            self._error = error
+            self._error = self._error or error
             self._arrived.notify_all()

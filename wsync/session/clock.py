@@ -60,12 +60,16 @@ class Stopwatch:
 
 def local_info() -> RankInfo:
     """Where this process runs. Containers of one machine with separate /dev/shm count as separate hosts."""
-    return RankInfo(host_identity(), os.getpid())
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return RankInfo(host_identity(), os.getpid(), namespace)
 
 
 def process_is_gone(info: RankInfo, own: RankInfo) -> bool:
-    """Whether ``info`` names a process of this host that does not exist any more."""
-    if info.host != own.host or info.pid == 0:
+    """Whether ``info`` names a process of this host and pid namespace that does not exist any more."""
+    if info.host != own.host or not info.pid_namespace or info.pid_namespace != own.pid_namespace:
         return False
     try:
         state = Path(f"/proc/{info.pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -5,26 +5,30 @@ It plans, tells every rank its slice, and is the only place that decides. It mov
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from wsync.errors import ConnectError, ManifestError, PeerLostError, StateError, WireError, WsyncError
+from wsync.errors import ConnectError, ManifestError, PeerLostError, StateError, WireError
 from wsync.plan import make_plan
 from wsync.plan.types import PlanOptions
 from wsync.session.auth import CurveKeys
 from wsync.session.channel import PEER_TIMEOUT_S
 from wsync.session.clock import local_info, process_is_gone
 from wsync.session.epoch import Epoch
-from wsync.session.membership import Client, Membership, sink_manifest
+from wsync.session.membership import Client, Membership
 from wsync.session.messages import (
     MAX_MESSAGE_BYTES,
     Accepted,
     Failed,
     Fault,
+    Finished,
     Flushed,
     Installed,
     Leave,
@@ -48,6 +52,7 @@ from wsync.session.messages import (
 )
 from wsync.session.round import Round
 from wsync.spec.cluster import Cluster
+from wsync.spec.manifest import SinkManifest
 from wsync.spec.serde import check_format
 
 _TICK_S = 0.05
@@ -101,14 +106,13 @@ class Coordinator:
         self._options = options
         self._peer_timeout_s = peer_timeout_s
         self._own = local_info()
-        self._round: Round | None = None
-        self._next: Round | None = None
+        self._rounds: dict[int, Round] = {}
+        self._over: collections.deque[Finished] = collections.deque(maxlen=16)
         self._epoch: Epoch | None = None
-        self._seq = 0
         self._broken: Fault | None = None
         self._refused: dict[bytes, Fault] = {}
-        self._last_version: int | None = None
         self._stopping = threading.Event()
+        self._next_check = time.monotonic() + _LIVENESS_S
         self._context = zmq.Context()
         self._auth = ThreadAuthenticator(self._context)
         self._socket = self._bind(store, keys)
@@ -156,21 +160,30 @@ class Coordinator:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
-        next_check = time.monotonic() + _LIVENESS_S
-        while not self._stopping.is_set():
-            events = dict(poller.poll(int(_TICK_S * 1000)))
-            if self._monitor in events:
-                self._monitor.recv_multipart()
-                self._members.handshake_failures += 1
-            if self._socket in events:
-                self._receive_all()
-            now = time.monotonic()
-            if now >= next_check:
-                self._check_liveness(now)
-                next_check = now + _LIVENESS_S
-            self._advance(now)
-        self._socket.disable_monitor()
-        self._socket.close()
+        try:
+            while not self._stopping.is_set():
+                events = dict(poller.poll(int(_TICK_S * 1000)))
+                try:
+                    self._turn(events)
+                except Exception as e:  # every rank waits on this thread: whatever it is, they must learn of it
+                    with contextlib.suppress(Exception):
+                        self._break(Fault.of(e))
+                    self._rounds.clear()
+        finally:
+            self._socket.disable_monitor()
+            self._socket.close()
+
+    def _turn(self, events: dict[Any, int]) -> None:
+        if self._monitor in events:
+            self._monitor.recv_multipart()
+            self._members.handshake_failures += 1
+        if self._socket in events:
+            self._receive_all()
+        now = time.monotonic()
+        if now >= self._next_check:
+            self._check_liveness(now)
+            self._next_check = now + _LIVENESS_S
+        self._advance(now)
 
     def _receive_all(self) -> None:
         while True:
@@ -183,7 +196,7 @@ class Coordinator:
                 if len(frames) != 2:
                     raise WireError(f"a message has {len(frames) - 1} frames, 1 is expected")
                 self._dispatch(uid, decode_to_coordinator(frames[1]))
-            except WsyncError as e:
+            except Exception as e:  # what one rank sent must not end the others
                 self._refuse(uid, Fault.of(e))
 
     def _send_uid(self, uid: bytes, message: ToClient) -> None:
@@ -230,17 +243,29 @@ class Coordinator:
             self._described(client, message)
         elif isinstance(message, PublishRequest):
             self._requested(client, message)
-        elif isinstance(message, Failed) and message.seq == 0 and client.role == "source" and self._round is None:
-            self._break(message.fault)
-        elif self._round is not None:
-            if isinstance(message, Offer):
-                self._round.offered(client, message)
-            elif isinstance(message, Ready):
-                self._round.became_ready(client, message)
-            elif isinstance(message, (Packed, Flushed, Voted, Installed)):
-                self._round.progressed(client, message)
-            elif isinstance(message, Failed) and message.seq in (0, self._round.seq):
-                self._round.failed(client, message)
+        elif isinstance(message, Failed) and client.role == "sink" and client.manifest is None:
+            self._members.refusals[client.name] = message.fault
+            self._members.clients.pop(client.uid, None)
+        else:
+            # Any other word from a rank says that it is there.
+            client.asleep = False
+            if self._round is not None:
+                self._in_round(self._round, client, message)
+
+    def _in_round(self, current: Round, client: Client, message: ToCoordinator) -> None:
+        if isinstance(message, Offer):
+            current.offered(client, message)
+        elif isinstance(message, Ready):
+            current.became_ready(client, message)
+        elif isinstance(message, (Packed, Flushed, Voted, Installed)):
+            current.progressed(client, message)
+        elif isinstance(message, Failed) and message.seq in (0, current.seq):
+            current.failed(client, message)
+
+    @property
+    def _round(self) -> Round | None:
+        """The round that is under way: the oldest one."""
+        return self._rounds[min(self._rounds)] if self._rounds else None
 
     def _join_source(self, uid: bytes, message: SourceJoin) -> None:
         check_format(message.format_version, f"trainer rank {message.manifest.rank}")
@@ -290,56 +315,57 @@ class Coordinator:
         if message.names_digest != self._members.names_digest:
             self._send_names(client)
             return
-        client.manifest = message.manifest
         # Planned alone, so that one engine with another model is refused by name and the others go on.
         source = self._members.source
         if source is not None:
-            make_plan(source, sink_manifest({client.replica: [client]}), None, self._options)
+            make_plan(source, SinkManifest((message.manifest,)), None, self._options)
+        client.manifest = message.manifest
         self._send(client, Accepted(self.incarnation))
+        if self._round is not None:
+            self._round.returned(client.replica)
 
     def _requested(self, client: Client, message: PublishRequest) -> None:
         if self._broken is not None:
             self._send(client, Refused(self._broken))
             return
+        for finished in self._over:
+            if finished.seq == message.seq:  # this rank came too late
+                self._send(client, finished)
+                return
         now = time.monotonic()
-        target = self._round
-        if target is None:
-            target = self._round = self._new_round(now)
-        elif client.rank in target.requests or target.state != "gather":
-            target = self._next = self._next or self._new_round(now)
+        if message.seq not in self._rounds:
+            self._rounds[message.seq] = self._new_round(message.seq, now)
+        target = self._rounds[message.seq]
         target.request(client.rank, message, now)
-        if target is self._next and target.all_requested and self._round is not None:
+        if target.all_requested and self._round is not None and target is not self._round:
             self._round.supersede(message.version)
 
-    def _new_round(self, now: float) -> Round:
-        self._seq += 1
-        transport = self._transport
-        if transport == "auto":
-            clients = self._members.clients.values()
-            transport = self._choose_transport([c.info.host for c in clients])
+    def _new_round(self, seq: int, now: float) -> Round:
         return Round(
-            self._seq,
+            seq,
             self._members,
             self._epoch,
             self._send,
-            transport=transport,
+            choose_transport=self._transport_for,
             cluster=self._cluster,
             options=self._options,
             now=now,
         )
 
+    def _transport_for(self, hosts: list[str]) -> str:
+        return self._choose_transport(hosts) if self._transport == "auto" else self._transport
+
     # ---- time
 
     def _advance(self, now: float) -> None:
-        while self._round is not None:
-            self._round.advance(now)
-            if self._round.state != "over":
+        while (current := self._round) is not None:
+            current.advance(now)
+            if current.state != "over":
                 return
-            fault = self._round.fault
-            self._epoch = self._round.epoch
-            if fault is not None and fault.name == "PeerLostError":
-                self._break(fault)
-            self._round, self._next = self._next, None
+            self._epoch = current.epoch
+            del self._rounds[current.seq]
+            if current.finished is not None:
+                self._over.append(current.finished)
             if self._round is not None:
                 self._round.epoch = self._epoch
 
@@ -353,13 +379,17 @@ class Coordinator:
 
     def _remove(self, client: Client, why: str) -> None:
         self._members.clients.pop(client.uid, None)
-        if self._round is not None and not (client.role == "source" and why == "left" and self._round.state == "over"):
+        if self._round is not None:
             self._round.lost(client, why)
-        elif client.role == "source" and why != "left":
-            self._break(Fault.of(PeerLostError(f"{client.name} (pid {client.info.pid} on {client.info.host}) {why}")))
+        if client.role == "source":
+            fault = Fault.of(PeerLostError(f"{client.name} (pid {client.info.pid} on {client.info.host}) {why}"))
+            self._break(fault)
 
     def _break(self, fault: Fault) -> None:
         """The trainer side cannot go on: every trainer rank is told, engines keep what they serve."""
-        self._broken = fault
+        self._broken = self._broken or fault
+        error = fault.to_error()
+        for waiting in list(self._rounds.values()):
+            waiting.fail(error)
         for client in list(self._members.sources.values()):
             self._refuse(client.uid, fault)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from wsync.errors import ConfigError
 from wsync.plan import make_plan, plan_digest, sink_slice, source_slice
-from wsync.plan.types import Plan, PlanOptions
+from wsync.plan.types import Plan, PlanOptions, SinkSlice, SourceSlice
 from wsync.session.membership import Client, Membership, sink_manifest
-from wsync.session.messages import Connect, Setup, ToClient
+from wsync.session.messages import Connect, Setup, ToClient, Totals
 from wsync.spec.cluster import Cluster
+from wsync.spec.dtypes import itemsize
+from wsync.spec.manifest import SourceManifest
 from wsync.spec.serde import encode
 
 Outbox = Callable[[Client, ToClient], None]
@@ -26,6 +29,7 @@ class Epoch:
         plan, digest: what everybody holds.
         sources: trainer ranks in order.
         replicas: engine ranks by replica, in the plan's order.
+        totals: bytes of each publish.
         offers: of the ranks that compiled their slice.
         ready: ranks that reached every end.
     """
@@ -35,6 +39,7 @@ class Epoch:
     digest: str
     sources: list[Client]
     replicas: dict[str, list[Client]]
+    totals: Totals
     offers: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
     ready: set[bytes] = dataclasses.field(default_factory=set)
 
@@ -55,19 +60,23 @@ class Epoch:
         }
         return same and self.ready >= {c.uid for c in self.clients}
 
-    def send_setup(self, send: Outbox, transport: str) -> None:
+    def send_setup(self, send: Outbox, transport: str, deadline_s: float) -> None:
         """Give every rank its slice."""
         num_sources = len(self.sources)
-        for rank, client in enumerate(self.sources):
-            slice_ = encode(source_slice(self.plan, rank))
-            send(client, Setup(self.number, self.digest, transport, num_sources, slice_))
-        for idx, client in enumerate(self.sinks):
-            send(client, Setup(self.number, self.digest, transport, num_sources, encode(sink_slice(self.plan, idx))))
 
-    def send_connect(self, send: Outbox) -> None:
+        def setup(client: Client, slice_: SourceSlice | SinkSlice) -> None:
+            send(client, Setup(self.number, self.digest, transport, num_sources, deadline_s, encode(slice_)))
+
+        for rank, client in enumerate(self.sources):
+            setup(client, source_slice(self.plan, rank, self.digest))
+        for idx, client in enumerate(self.sinks):
+            setup(client, sink_slice(self.plan, idx, self.digest))
+
+    def send_connect(self, send: Outbox, deadline_s: float) -> None:
         """Give every rank everybody's offers."""
         connect = Connect(
             self.number,
+            deadline_s,
             tuple(self.offers[c.uid] for c in self.sources),
             tuple(self.offers[c.uid] for c in self.sinks),
         )
@@ -91,4 +100,14 @@ def new_epoch(
         raise ConfigError("no trainer manifest")
     plan = make_plan(members.source, sink_manifest(replicas), cluster, options)
     sources = [client for _, client in sorted(members.sources.items())]
-    return Epoch(number, plan, plan_digest(plan), sources, replicas)
+    return Epoch(number, plan, plan_digest(plan), sources, replicas, _totals(members.source, plan))
+
+
+def _totals(source: SourceManifest, plan: Plan) -> Totals:
+    pieces = [(piece.nbytes, len(bucket.sinks)) for bucket in plan.buckets for piece in bucket.pieces]
+    return Totals(
+        logical_bytes=sum(itemsize(t.dtype) * math.prod(t.shape) for t in source.tensors if t.alias_of is None),
+        wire_bytes=sum(nbytes for nbytes, _ in pieces),
+        sink_bytes=sum(nbytes * num_sinks for nbytes, num_sinks in pieces),
+        staging_bytes=len(plan.buckets) * plan.bucket_bytes,
+    )

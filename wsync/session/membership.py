@@ -20,7 +20,13 @@ from wsync.spec.serde import digest_of
 
 @dataclasses.dataclass(eq=False)
 class Client:
-    """One connected rank, as the coordinator sees it."""
+    """One connected rank, as the coordinator sees it.
+
+    Attributes:
+        manifest: what an engine rank needs; None until it was described and accepted.
+        asleep: it did not answer in the last round and has not entered prepare since: rounds go on without it.
+        poisoned: its live memory is of no known version.
+    """
 
     uid: bytes
     name: str
@@ -31,6 +37,8 @@ class Client:
     info: RankInfo
     last_heard: float
     manifest: SinkRankManifest | None = None
+    asleep: bool = False
+    poisoned: bool = False
 
 
 class Membership:
@@ -61,6 +69,10 @@ class Membership:
         rank, world_size = manifest.rank, manifest.world_size
         if world_size != self.num_sources:
             raise ManifestError(f"trainer rank {rank} says world size {world_size}, rank 0 says {self.num_sources}")
+        if self.source is not None:
+            raise ManifestError(
+                f"pid {manifest.info.pid} on {manifest.info.host} joins as rank {rank} of a trainer that is complete"
+            )
         if rank in self.source_parts:
             other = self.source_parts[rank].info
             raise ManifestError(
@@ -116,10 +128,10 @@ class Membership:
         return sorted(found, key=lambda c: (c.replica, c.rank))
 
     def complete_replicas(self) -> dict[str, list[Client]]:
-        """Replicas all of whose ranks are described, by name."""
+        """Replicas all of whose ranks are described and awake, by name."""
         replicas: dict[str, list[Client]] = {}
         for client in self.sinks():
-            if client.manifest is not None:
+            if client.manifest is not None and not client.asleep:
                 replicas.setdefault(client.replica, []).append(client)
         return {name: ranks for name, ranks in sorted(replicas.items()) if len(ranks) == ranks[0].world_size}
 
@@ -132,6 +144,9 @@ class Membership:
             missing = sorted(set(range(world_size)) - set(there))
             if missing:
                 parts.append(f"replica {name!r} lacks ranks {missing} of {world_size}")
+            asleep = [c.rank for c in self.sinks(name) if c.asleep]
+            if asleep:
+                parts.append(f"replica {name!r}: ranks {asleep} have not entered prepare since they missed a version")
         parts += [f"{name} was refused: {fault.message}" for name, fault in sorted(self.refusals.items())]
         if self.handshake_failures:
             parts.append(f"{self.handshake_failures} connections with another key were turned away")

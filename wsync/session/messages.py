@@ -92,8 +92,9 @@ class Ready(_Message, frozen=True):
 
 
 class PublishRequest(_Message, frozen=True):
-    """This trainer rank entered `Source.publish`."""
+    """This trainer rank entered `Source.publish` for the ``seq``-th time; all ranks count alike."""
 
+    seq: int
     version: int
     min_replicas: int
     deadline_s: float
@@ -107,10 +108,11 @@ class Packed(_Message, frozen=True):
 
 
 class Flushed(_Message, frozen=True):
-    """Nothing of this trainer rank is on its way any more."""
+    """Nothing of this trainer rank is on its way any more; ``lost`` names sinks that it could not reach, and why."""
 
     seq: int
     stamps: tuple[Stamp, ...]
+    lost: dict[int, str] = {}
 
 
 class Voted(_Message, frozen=True):
@@ -127,12 +129,16 @@ class Installed(_Message, frozen=True):
     stamps: tuple[Stamp, ...]
 
 
+class Waiting(_Message, frozen=True):
+    """This engine rank entered `Sink.prepare`: it answers what it is sent."""
+
+
 class Failed(_Message, frozen=True):
-    """This rank cannot go on with ``seq`` (0: with joining or with the epoch)."""
+    """This rank cannot go on with ``seq``, or with setting up ``epoch`` (seq 0), or with joining (both 0)."""
 
     seq: int
+    epoch: int
     fault: Fault
-    installing: bool = False
 
 
 class Ping(_Message, frozen=True):
@@ -173,6 +179,7 @@ class Setup(_Message, frozen=True):
     plan_digest: str
     transport: str
     num_sources: int
+    deadline_s: float
     slice_: bytes
 
 
@@ -180,6 +187,7 @@ class Connect(_Message, frozen=True):
     """All offers of the epoch, in order of trainer rank and sink index."""
 
     epoch: int
+    deadline_s: float
     source_offers: tuple[bytes, ...]
     sink_offers: tuple[bytes, ...]
 
@@ -214,6 +222,15 @@ class Aborted(_Message, frozen=True):
     superseded: bool = False
 
 
+class Totals(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of one publish, the same for every publish of an epoch: see `PublishReport`."""
+
+    logical_bytes: int = 0
+    wire_bytes: int = 0
+    sink_bytes: int = 0
+    staging_bytes: int = 0
+
+
 class RankStamps(msgspec.Struct, frozen=True, array_like=True):
     """The phases of one rank: ``name`` is ``trainer/0`` or ``replica/rank``."""
 
@@ -229,10 +246,7 @@ class Finished(_Message, frozen=True):
     dropped: dict[str, Fault]
     replicas: dict[str, str]
     fault: Fault | None
-    wire_bytes: int
-    logical_bytes: int
-    sink_bytes: int
-    staging_bytes: int
+    totals: Totals
     ranks: tuple[RankStamps, ...]
 
 
@@ -257,6 +271,7 @@ ToCoordinator: TypeAlias = (
     | Flushed
     | Voted
     | Installed
+    | Waiting
     | Failed
     | Ping
     | Leave

@@ -65,9 +65,9 @@ def build_report(version: int, finished: Finished, total_s: float, stall_s: floa
         dropped={name: f"{fault.name}: {fault.message}" for name, fault in finished.dropped.items()},
         replicas=finished.replicas,
         seconds=seconds,
-        logical_bytes=finished.logical_bytes,
-        wire_bytes=finished.wire_bytes,
-        sink_bytes=finished.sink_bytes,
-        staging_bytes=finished.staging_bytes,
+        logical_bytes=finished.totals.logical_bytes,
+        wire_bytes=finished.totals.wire_bytes,
+        sink_bytes=finished.totals.sink_bytes,
+        staging_bytes=finished.totals.staging_bytes,
         ranks=finished.ranks,
     )

@@ -9,11 +9,12 @@ Pure state: it is told what happened and says what to send through `Outbox`; the
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 
-from wsync.errors import CommitError, ConfigError, DeadlineError, PeerLostError, WsyncError
+from wsync.errors import ConfigError, DeadlineError, PeerLostError, TransportError, WsyncError
 from wsync.plan.types import PlanOptions
 from wsync.session.epoch import Epoch, Outbox, new_epoch
+from wsync.session.explain import below_minimum, late_message
 from wsync.session.membership import Client, Membership
 from wsync.session.messages import (
     Aborted,
@@ -31,10 +32,10 @@ from wsync.session.messages import (
     Ready,
     ReplicaCommitted,
     Stamp,
+    Totals,
     Voted,
 )
 from wsync.spec.cluster import Cluster
-from wsync.spec.dtypes import itemsize
 
 COMMITTED = "committed"
 OLD_VERSION = "old version serving"
@@ -70,7 +71,7 @@ class Round:
         epoch: Epoch | None,
         send: Outbox,
         *,
-        transport: str,
+        choose_transport: Callable[[list[str]], str],
         cluster: Cluster | None,
         options: PlanOptions | None,
         now: float,
@@ -79,12 +80,15 @@ class Round:
         self.members = members
         self.epoch = epoch
         self.state = "gather"
-        self.transport = transport
+        self._choose_transport = choose_transport
         self._cluster = cluster
         self._options = options
         self._send = send
         self.began = now
         self.deadline = float("inf")
+        self._phase_began = now
+        self._was_set_up = False
+        self.finished: Finished | None = None
         self.requests: dict[int, PublishRequest] = {}
         self.replicas: dict[str, ReplicaState] = {}
         self.packed: set[int] = set()
@@ -119,6 +123,8 @@ class Round:
 
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
+        if self.state in ("gather", "offers", "ready") and now > self.deadline:
+            self.fail(DeadlineError(late_message(self)))
         if self.state == "gather":
             self._gather(now)
         if self.state == "offers":
@@ -130,27 +136,21 @@ class Round:
             if now > self.deadline:
                 self._expire()
             self._finish_if_over()
-        elif self.state != "over" and now > self.deadline:
-            self.fail(DeadlineError(self._late_message(now)))
 
-    @property
-    def _epoch_clients(self) -> list[Client]:
-        return self.epoch.clients if self.epoch else []
-
-    def _ranks(self, replica: str) -> list[Client]:
+    def ranks_of(self, replica: str) -> list[Client]:
+        """The ranks of a replica of this epoch."""
         return self.epoch.replicas.get(replica, []) if self.epoch else []
 
-    def _candidates(self) -> dict[str, list[Client]]:
+    def candidates(self) -> dict[str, list[Client]]:
+        """Replicas that can take part."""
         return {n: r for n, r in self.members.complete_replicas().items() if n not in self.excluded}
 
     def _gather(self, now: float) -> None:
         if not self.all_requested:
             return
-        replicas = self._candidates()
+        replicas = self.candidates()
         if len(replicas) < self.needed:
-            refused = next(iter(self.members.refusals.values()), None)
-            if refused is not None:
-                self.fail(refused.to_error())
+            self._fail_if_refused()
             return
         if self.epoch is not None and self.epoch.is_of(replicas):
             self._begin(now)
@@ -158,17 +158,30 @@ class Round:
         try:
             number = self.epoch.number + 1 if self.epoch else 1
             self.epoch = new_epoch(number, self.members, replicas, self._cluster, self._options)
+            transport = self._choose_transport([c.info.host for c in self.epoch.clients])
         except WsyncError as e:
             self.fail(e)
             return
-        self.epoch.send_setup(self._send, self.transport)
-        self.state = "offers"
+        self.epoch.send_setup(self._send, transport, self.deadline - now)
+        self._was_set_up = True
+        self._enter("offers", now)
+
+    def _enter(self, state: str, now: float) -> None:
+        self.state = state
+        self._phase_began = now
+
+    def _fail_if_refused(self) -> None:
+        """An engine that does not fit ends the publish by name, unless another is on its way. Each counts once."""
+        on_their_way = any(c.manifest is None for c in self.members.sinks())
+        if self.members.refusals and not on_their_way:
+            refusals, self.members.refusals = self.members.refusals, {}
+            self.fail(next(iter(refusals.values())).to_error())
 
     def _collect_offers(self, now: float) -> None:
         epoch = self.epoch
         if epoch is not None and self._all_answered(epoch, set(epoch.offers), now):
-            epoch.send_connect(self._send)
-            self.state = "ready"
+            epoch.send_connect(self._send, self.deadline - now)
+            self._enter("ready", now)
 
     def _collect_ready(self, now: float) -> None:
         epoch = self.epoch
@@ -181,14 +194,15 @@ class Round:
         if not waiting:
             return True
         late = {c.replica for c in waiting if c.role == "sink"}
-        past_half = now > self.began + (self.deadline - self.began) / 2
+        past_half = now > self._phase_began + (self.deadline - self._phase_began) / 2
         if past_half and len(late) == len({c.replica or c.name for c in waiting}):
-            left = set(self._candidates()) - late
+            left = set(self.candidates()) - late
             if len(left) >= self.needed:
-                for name in late:
-                    self.exclude(
-                        name, DeadlineError(f"replica {name!r} did not set up in time (is it in Sink.prepare?)")
-                    )
+                for client in waiting:
+                    client.asleep = True
+                for name in sorted(late):
+                    error = DeadlineError(f"replica {name!r} did not set up in time (is it in Sink.prepare?)")
+                    self.exclude(name, error)
         return False
 
     def _begin(self, now: float) -> None:
@@ -199,7 +213,7 @@ class Round:
         begin = Begin(self.seq, self.version, epoch.number, epoch.digest, max(self.deadline - now, 0.0))
         for client in epoch.clients:
             self._send(client, begin)
-        self.state = "running"
+        self._enter("running", now)
 
     def exclude(self, replica: str, error: WsyncError) -> None:
         """Go on without a replica: before anything moved this means a new plan, later that it is dropped."""
@@ -207,10 +221,9 @@ class Round:
             self.drop(replica, Fault.of(error))
             return
         self.excluded[replica] = Fault.of(error)
-        if self.state in ("offers", "ready"):
-            for client in self.members.sinks(replica):
-                self._send(client, Aborted(self.seq, Fault.of(error)))
-            self.state = "gather"
+        for client in self.ranks_of(replica) if self._was_set_up else []:
+            self._send(client, Aborted(self.seq, Fault.of(error)))
+        self.state = "gather"
 
     # ---- events
 
@@ -228,6 +241,19 @@ class Round:
         """Keep a rank's phases for the report."""
         self.stamps.setdefault(client.name, []).extend(stamps)
 
+    def sinks_lost(self, client: Client, message: Flushed) -> None:
+        """A trainer rank could not reach these sinks: their replicas do not get the version."""
+        for idx, why in message.lost.items():
+            sinks = self.epoch.sinks if self.epoch else []
+            if 0 <= idx < len(sinks):
+                self._distrust(sinks[idx])
+                self.drop(sinks[idx].replica, Fault.of(PeerLostError(f"{client.name} lost {sinks[idx].name}: {why}")))
+
+    def _distrust(self, client: Client) -> None:
+        """Connections to this rank are in doubt: the next round sets up a new epoch."""
+        if self.epoch is not None:
+            self.epoch.ready.discard(client.uid)
+
     def progressed(self, client: Client, message: Packed | Flushed | Voted | Installed) -> None:
         """A rank got further with the version."""
         if message.seq != self.seq or self.state != "running":
@@ -237,6 +263,7 @@ class Round:
             self.packed.add(client.rank)
         elif isinstance(message, Flushed):
             self.flushed.add(client.rank)
+            self.sinks_lost(client, message)
         else:
             state = self.replicas.get(client.replica)
             if state is None or state.outcome:
@@ -245,19 +272,22 @@ class Round:
             self._confirm(client.replica, state)
 
     def _confirm(self, replica: str, state: ReplicaState) -> None:
-        ranks = self._ranks(replica)
+        ranks = self.ranks_of(replica)
         if len(state.installed) == len(ranks):
             state.outcome = COMMITTED
             for client in ranks:
+                client.poisoned = False
                 self._send(client, ReplicaCommitted(self.seq))
 
     def failed(self, client: Client, message: Failed) -> None:
         """A rank reported an error."""
         error = message.fault.to_error()
+        if message.seq == 0 and (self.state == "running" or not self.epoch or message.epoch != self.epoch.number):
+            return  # of an epoch that was given up since
+        if isinstance(error, TransportError) and not isinstance(error, DeadlineError):
+            self._distrust(client)
         if client.role == "source":
             self.fail(error)
-        elif self.state == "running":
-            self.drop(client.replica, message.fault)
         else:
             self.exclude(client.replica, error)
 
@@ -268,8 +298,13 @@ class Round:
         )
         if client.role == "source":
             self.fail(error)
-        elif self.epoch and client.replica in self.epoch.replicas:
+        elif self.state != "gather" and client in self.ranks_of(client.replica):
             self.exclude(client.replica, error)
+
+    def returned(self, replica: str) -> None:
+        """A rank of this replica joined again: it may take part if nothing moved yet."""
+        if self.state == "gather":
+            self.excluded.pop(replica, None)
 
     def supersede(self, version: int) -> None:
         """A newer publish came: replicas that are not decided keep what they have."""
@@ -286,9 +321,12 @@ class Round:
         state = self.replicas.get(replica)
         if state is None or state.outcome:
             return
-        state.outcome = POISONED if state.decided else OLD_VERSION
+        ranks = self.ranks_of(replica)
+        for client in ranks:
+            client.poisoned |= state.decided
+        state.outcome = POISONED if any(c.poisoned for c in ranks) else OLD_VERSION
         state.fault = fault
-        for client in self._ranks(replica):
+        for client in ranks:
             self._send(client, Aborted(self.seq, fault, superseded))
 
     def fail(self, error: WsyncError) -> None:
@@ -302,52 +340,29 @@ class Round:
                     self.drop(name, self.fault)
             self._finish_if_over()
         else:
-            for client in self._epoch_clients if self.state != "gather" else []:
-                if client.role == "sink":
-                    self._send(client, Aborted(self.seq, self.fault))
+            for client in self.epoch.sinks if self.epoch and self._was_set_up else []:
+                self._send(client, Aborted(self.seq, self.fault))
             self._finish()
 
     def _decide(self) -> None:
         if len(self.packed) < self.members.num_sources or self.fault is not None:
             return
         for name, state in self.replicas.items():
-            ranks = self._ranks(name)
+            ranks = self.ranks_of(name)
             if not state.decided and not state.outcome and len(state.voted) == len(ranks):
                 state.decided = True
                 for client in ranks:
                     self._send(client, Decide(self.seq))
 
     def _expire(self) -> None:
-        late = DeadlineError(self._late_message(self.deadline))
+        late = DeadlineError(late_message(self))
         for name, state in self.replicas.items():
             if not state.outcome:
+                for client in self.ranks_of(name):
+                    client.asleep |= client.rank not in state.voted
                 self.drop(name, Fault.of(late))
         if len(self.flushed) < self.members.num_sources and self.fault is None:
             self.fault = Fault.of(late)
-
-    def _late_message(self, now: float) -> str:
-        seconds = f"{self.deadline - self.began:.1f} s"
-        if not self.all_requested:
-            missing = sorted(set(range(self.members.num_sources)) - set(self.requests))
-            return f"trainer ranks {missing} did not call publish(version={self.version}) within {seconds}"
-        if self.state == "gather":
-            return (
-                f"publish(version={self.version}) needs {self.needed} complete replicas and has "
-                f"{len(self._candidates())} after {seconds}: {self.members.describe_missing()}"
-            )
-        if self.state in ("offers", "ready") and self.epoch:
-            answered = set(self.epoch.offers) if self.state == "offers" else self.epoch.ready
-            waiting = [c.name for c in self._epoch_clients if c.uid not in answered]
-            return f"setting up for version {self.version} took over {seconds}: waiting for {', '.join(waiting)}"
-        behind = [f"trainer/{r}" for r in range(self.members.num_sources) if r not in self.packed]
-        for name, state in self.replicas.items():
-            if not state.outcome:
-                done = state.installed if state.decided else state.voted
-                ranks = self._ranks(name)
-                behind += [
-                    f"{c.name} ({'commit' if state.decided else 'prepare'})" for c in ranks if c.rank not in done
-                ]
-        return f"version {self.version} was not committed within {seconds}: waiting for {', '.join(behind) or 'flush'}"
 
     def _finish_if_over(self) -> None:
         if self.state != "running" or not all(s.outcome for s in self.replicas.values()):
@@ -366,29 +381,11 @@ class Round:
         dropped |= self.excluded
         fault = self.fault
         if fault is None and len(committed) < self.needed:
-            fault = self._below_minimum(committed, dropped)
-        plan = self.epoch.plan if self.epoch else None
-        source = self.members.source
-        finished = Finished(
-            self.seq,
-            committed,
-            dropped,
-            outcomes,
-            fault,
-            wire_bytes=plan.wire_bytes if plan else 0,
-            logical_bytes=sum(
-                itemsize(t.dtype) * math.prod(t.shape) for t in (source.tensors if source else ()) if t.alias_of is None
-            ),
-            sink_bytes=sum(p.nbytes * len(b.sinks) for b in plan.buckets for p in b.pieces) if plan else 0,
-            staging_bytes=len(plan.buckets) * plan.bucket_bytes if plan else 0,
-            ranks=tuple(RankStamps(name, tuple(stamps)) for name, stamps in sorted(self.stamps.items())),
-        )
+            fault = below_minimum(self, committed, dropped)
+        totals = self.epoch.totals if self.epoch else Totals()
+        ranks = tuple(RankStamps(name, tuple(stamps)) for name, stamps in sorted(self.stamps.items()))
+        finished = Finished(self.seq, committed, dropped, outcomes, fault, totals, ranks)
+        self.finished = finished
         for client in self.members.sources.values():
-            self._send(client, finished)
-
-    def _below_minimum(self, committed: tuple[str, ...], dropped: dict[str, Fault]) -> Fault:
-        why = "; ".join(f"{name}: {fault.message}" for name, fault in sorted(dropped.items()))
-        error = CommitError(
-            f"version {self.version} was committed by {len(committed)} replicas, {self.needed} are needed ({why})"
-        )
-        return Fault.of(error)
+            if client.rank in self.requests:
+                self._send(client, finished)

@@ -15,7 +15,6 @@ import msgspec
 from wsync import kernels
 from wsync.errors import (
     CommitError,
-    DeadlineError,
     DigestError,
     PeerLostError,
     PlanMismatchError,
@@ -23,10 +22,11 @@ from wsync.errors import (
     TransportError,
     WsyncError,
 )
-from wsync.plan.program import SinkProgram, StorageMemory, compile_sink
+from wsync.plan.program import StorageMemory, compile_sink
 from wsync.plan.types import SinkSlice
 from wsync.session.channel import Channel
 from wsync.session.clock import Stopwatch, deadline_after
+from wsync.session.install import Installer
 from wsync.session.messages import (
     Aborted,
     Accepted,
@@ -47,11 +47,13 @@ from wsync.session.messages import (
     Stamp,
     ToClient,
     Voted,
+    Waiting,
 )
 from wsync.spec.manifest import RankInfo, SinkRankManifest, TensorSpec
 from wsync.spec.serde import FORMAT_VERSION, decode, digest_of
 from wsync.transport import SinkEnd, Staged
 
+_REJOIN_S = 1.0
 _VERDICT_S = 1.0
 """How long a rank whose transfer broke waits for the coordinator to say why."""
 
@@ -86,6 +88,7 @@ class SinkSession:
         describe: records the engine's loader against the trainer's name table.
         open_transport: makes this rank's end of the transport of that name.
         num_threads: of the digest and unpack kernels.
+        first_install: called on the engine's thread in the first commit of each epoch.
 
     Raises:
         WsyncError: the engine does not fit the trainer, or the deadline passed.
@@ -103,14 +106,15 @@ class SinkSession:
         info: RankInfo,
         num_threads: int,
         join_deadline_s: float,
+        first_install: Callable[[], None] = lambda: None,
     ) -> None:
         self.version: int | None = None
         self.incarnation = 0
-        self.state = SERVING
         self.last_pause_s = 0.0
         self._channel = channel
         self._describe = describe
         self._open_transport = open_transport
+        self._first_install = first_install
         self._num_threads = num_threads
         self._join = SinkJoin(FORMAT_VERSION, replica, rank, world_size, info)
         self._name = f"{replica}/{rank}"
@@ -119,25 +123,49 @@ class SinkSession:
         self._names_digest = ""
         self._joined_incarnation = 0
         self._slice: SinkSlice | None = None
-        self._program: SinkProgram | None = None
+        self._installer: Installer | None = None
         self._end: SinkEnd | None = None
         self._staged: dict[int, Staged] = {}
-        self._read_back = True
+        self._epoch = 0
         self._seq = 0
+        self._prepared = False
+        self._ticket: Ticket | None = None
+        self._poisoned = False
+        self._last_join_s = 0.0
         self._aborted: Aborted | None = None
         self._watch = Stopwatch()
         self._lock = threading.Lock()
         deadline = deadline_after(join_deadline_s)
-        channel.send(self._join)
+        self._send_join()
         self._await_names(deadline)
 
+    @property
+    def state(self) -> str:
+        """What live memory is. A poisoned rank stays so until a commit is through, whatever it has prepared."""
+        if self._poisoned:
+            return POISONED
+        return PREPARED if self._prepared else SERVING
+
     # ---- joining
+
+    def _send_join(self) -> None:
+        self._last_join_s = time.monotonic()
+        self._channel.send(self._join)
+
+    def _rejoin(self, message: Rejoin) -> None:
+        """The coordinator does not know this rank: it restarted, or gave the rank up while it was silent."""
+        if message.incarnation != self._joined_incarnation or time.monotonic() > self._last_join_s + _REJOIN_S:
+            self._send_join()
+        if message.incarnation != self._joined_incarnation:
+            self._joined_incarnation, self._seq = message.incarnation, 0
 
     def _await_names(self, deadline: float) -> None:
         while True:
             message = self._channel.recv(deadline, "the trainer's name table")
             if isinstance(message, NameTable):
                 self._take_names(message)
+            elif isinstance(message, Rejoin):
+                self._rejoin(message)
             elif isinstance(message, Accepted):
                 return
 
@@ -148,7 +176,11 @@ class SinkSession:
                 raise PlanMismatchError(
                     f"the name table has digest {digest_of(message.tensors)}, {message.names_digest} was announced"
                 )
-            self._manifest, self._storages = self._describe(message.tensors)
+            try:
+                self._manifest, self._storages = self._describe(message.tensors)
+            except BaseException as e:
+                self._channel.send(Failed(0, 0, Fault.of(e)))  # the trainer must learn why this engine does not fit
+                raise
             self._names_digest = message.names_digest
         self._joined_incarnation = message.incarnation
         if self._manifest is not None:
@@ -158,11 +190,15 @@ class SinkSession:
 
     def prepare(self, deadline_s: float) -> Ticket:
         """Stage the next version. See `wsync.Sink.prepare`."""
-        if self.state == PREPARED:
+        if self._prepared:
             raise StateError(f"{self._name}: prepare() while a version is prepared", hint="commit its ticket first")
         deadline = deadline_after(deadline_s)
+        entered_s = time.monotonic()
+        self._channel.send(Waiting())
         while True:
             message = self._channel.recv(deadline, f"the next version for {self._name}", patient=True)
+            if self._is_stale(message, entered_s):
+                continue
             seq = message.seq if isinstance(message, Begin) else 0
             try:
                 ticket = self._on(message, deadline)
@@ -173,13 +209,19 @@ class SinkSession:
                     if self._aborted.superseded:
                         continue
                     raise self._aborted.fault.to_error() from e
-                self._channel.send(Failed(seq, Fault.of(e)))
+                self._channel.send(Failed(seq, self._epoch, Fault.of(e)))
                 raise
             except BaseException as e:
-                self._channel.send(Failed(seq, Fault.of(e)))
+                self._channel.send(Failed(seq, self._epoch, Fault.of(e)))
                 raise
             if ticket is not None:
                 return ticket
+
+    def _is_stale(self, message: ToClient, entered_s: float) -> bool:
+        """What came while nobody was in prepare, and is over by now."""
+        if isinstance(message, (Setup, Connect, Begin)):
+            return time.monotonic() > self._channel.arrived_s + message.deadline_s
+        return isinstance(message, Aborted) and self._channel.arrived_s < entered_s
 
     def _hear_why(self, seq: int) -> None:
         """Bytes stopped coming: the coordinator may have ended ``seq``, and its word is on its way."""
@@ -197,13 +239,11 @@ class SinkSession:
         if isinstance(message, NameTable):
             self._take_names(message)
         elif isinstance(message, Rejoin):
-            if message.incarnation != self._joined_incarnation:
-                self._joined_incarnation = message.incarnation
-                self._channel.send(self._join)
+            self._rejoin(message)
         elif isinstance(message, Setup):
             self._setup(message)
         elif isinstance(message, Connect):
-            self._connect(message, deadline)
+            self._connect(message)
         elif isinstance(message, Begin):
             return self._stage(message)
         elif isinstance(message, Aborted) and not message.superseded and message.seq > self._seq:
@@ -218,18 +258,20 @@ class SinkSession:
         if self._end is not None:
             self._end.close()
             self._end = None
+        self._epoch = message.epoch
         self._slice = decode(message.slice_, SinkSlice)
         if self._slice.plan_digest != message.plan_digest:
             raise PlanMismatchError(f"a slice of plan {self._slice.plan_digest} came with plan {message.plan_digest}")
-        self._program = compile_sink(self._slice, self._manifest, self._storages)
-        self._read_back = True
+        program = compile_sink(self._slice, self._manifest, self._storages)
         self._end = self._open_transport(message.transport)
+        self._installer = Installer(program, self._end, self._num_threads, self._name, self._first_install)
         self._channel.send(Offer(message.epoch, message.plan_digest, self._end.prepare(self._slice)))
 
-    def _connect(self, message: Connect, deadline: float) -> None:
-        if self._end is None or self._slice is None:
-            raise StateError(f"{self._name}: Connect came before Setup")
-        self._end.connect(list(message.source_offers), list(message.sink_offers), deadline)
+    def _connect(self, message: Connect) -> None:
+        if self._end is None or self._slice is None or message.epoch != self._epoch:
+            raise StateError(f"{self._name}: Connect of epoch {message.epoch} came in epoch {self._epoch}")
+        deadline = self._channel.arrived_s + message.deadline_s
+        self._end.connect(list(message.source_offers), list(message.sink_offers), deadline, self._setup_cancelled)
         self._channel.send(Ready(message.epoch, self._slice.plan_digest))
 
     def _stage(self, begin: Begin) -> Ticket:
@@ -241,7 +283,7 @@ class SinkSession:
                 f"{self._name} holds plan {slice_.plan_digest}, the publish is of {begin.plan_digest}"
             )
         self._seq = begin.seq
-        deadline = time.monotonic() + begin.deadline_s
+        deadline = self._channel.arrived_s + begin.deadline_s
         self._watch.take()
         self._staged.clear()
         mismatched: list[str] = []
@@ -263,8 +305,19 @@ class SinkSession:
                 f"{self._name}: {len(mismatched)} buckets differ from what was published; {mismatched[0]}"
             )
         self._channel.send(Voted(begin.seq, self._watch.take()))
-        self.state = PREPARED
-        return Ticket(begin.version, self._joined_incarnation, begin.seq, deadline)
+        self._prepared = True
+        self._ticket = Ticket(begin.version, self._joined_incarnation, begin.seq, deadline)
+        return self._ticket
+
+    def _setup_cancelled(self) -> None:
+        """While this rank connects: the coordinator may give the epoch up."""
+        message = self._channel.poll()
+        if isinstance(message, Aborted):
+            self._aborted = message
+            raise message.fault.to_error()
+        if isinstance(message, Setup):
+            self._channel.unread(message)
+            raise TransportError(f"{self._name}: epoch {self._epoch} was given up for epoch {message.epoch}")
 
     def _cancelled(self) -> None:
         message = self._channel.poll()
@@ -276,29 +329,51 @@ class SinkSession:
 
     def commit(self, ticket: Ticket) -> None:
         """Make live memory the ticket's version. See `wsync.Sink.commit`."""
-        if self.state != PREPARED or ticket.seq != self._seq:
-            raise StateError(
-                f"{self._name}: commit of publish {ticket.seq} in state {self.state!r}; the last is {self._seq}"
-            )
+        self._check_ticket(ticket)
         began = time.monotonic()
         with self._watch.phase("decide"):
             self._await_decision(ticket)
         try:
+            if self._installer is None:
+                raise StateError(f"{self._name}: commit came before Setup")
             with self._watch.phase("install"):
-                self._install(ticket)
+                self._installer.install(self._staged, ticket.seq)
         except BaseException as e:  # whatever it was, live memory may be half written
             self._poison()
-            self._channel.send(Failed(ticket.seq, Fault.of(e), installing=True))
+            self._channel.send(Failed(ticket.seq, self._epoch, Fault.of(e)))
             raise
         self._channel.send(Installed(ticket.seq, self._watch.take()))
         self._await_replica(ticket)
         self.last_pause_s = time.monotonic() - began
-        self.version, self.incarnation, self.state = ticket.version, ticket.incarnation, SERVING
+        self.version, self.incarnation = ticket.version, ticket.incarnation
+        self._prepared = self._poisoned = False
         if self._end is not None:
             self._end.release(ticket.seq)
 
+    def _check_ticket(self, ticket: Ticket) -> None:
+        if not self._prepared or ticket != self._ticket:
+            raise StateError(f"{self._name}: commit of {ticket} in state {self.state!r}; prepared is {self._ticket}")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be prepared any more: closed, refused, or another key."""
+        return self._channel.is_broken
+
+    def holds(self, ticket: Ticket) -> bool:
+        """Whether the ticket is prepared and waits for its commit."""
+        return self._prepared and ticket == self._ticket
+
+    def reject(self, ticket: Ticket, error: WsyncError) -> None:
+        """Tell the trainer that this rank cannot install what it voted for. Nothing is written.
+
+        The decision may have been taken already, so the replica counts as poisoned until the next full commit.
+        """
+        self._check_ticket(ticket)
+        self._poison()
+        self._channel.send(Failed(ticket.seq, self._epoch, Fault.of(error)))
+
     def _poison(self) -> None:
-        self.state = POISONED
+        self._poisoned, self._prepared = True, False
         self.version = None
 
     def _await(self, kind: type[ToClient], ticket: Ticket, what: str) -> None:
@@ -319,10 +394,10 @@ class SinkSession:
             self._await(Decide, ticket, f"the decision on version {ticket.version}")
         except WsyncError as e:
             if self._aborted is not None:
-                self.state = SERVING
+                self._prepared = False
                 raise CommitError(
                     f"version {ticket.version} was not committed: {e.message}",
-                    replicas={self._join.replica: "old version serving"},
+                    replicas={self._join.replica: POISONED if self._poisoned else "old version serving"},
                 ) from e
             self._poison()
             raise CommitError(
@@ -342,47 +417,13 @@ class SinkSession:
                 hint="stop serving; the next full publish heals this replica",
             ) from e
 
-    def _install(self, ticket: Ticket) -> None:
-        end, program = self._end, self._program
-        if end is None or program is None:
-            raise StateError(f"{self._name}: commit came before Setup")
-        self._check_valid(end, ticket)
-        for pos, descs in enumerate(program.buckets):
-            staged = self._staged[pos]
-            got = kernels.unpack(descs, staged.address, self._num_threads)
-            self._compare(staged, got, program.padding_digests[pos], "unpacked")
-        self._check_valid(end, ticket)
-        if self._read_back:
-            # Layout mistakes are the same at every version: reading all live bytes back once per epoch finds them.
-            for pos, descs in enumerate(program.buckets):
-                got = kernels.installed_digest(descs, self._num_threads)
-                self._compare(self._staged[pos], got, program.padding_digests[pos], "installed")
-            self._read_back = False
-
-    def _compare(self, staged: Staged, got: int, padding: int, what: str) -> None:
-        total = (got + padding) % 2**64
-        if total != staged.digest:
-            raise DigestError(
-                f"{self._name}: bucket at position {staged.bucket_pos}: published {staged.digest:016x}, "
-                f"{what} {total:016x}"
-            )
-
-    def _check_valid(self, end: SinkEnd, ticket: Ticket) -> None:
-        if not end.still_valid(ticket.seq):
-            raise DigestError(
-                f"{self._name}: staging of version {ticket.version} was overwritten before it was installed"
-            )
-
     def close(self) -> None:
-        """Leave. May be called twice."""
+        """Leave. May be called twice. The caller has seen to it that no other thread is in prepare or commit."""
         self._channel.close()
         if self._end is not None:
             self._end.close()
             self._end = None
 
-
-def is_retryable(error: WsyncError) -> bool:
-    """Whether a background loop should go on preparing after this error."""
-    return not isinstance(error, (StateError, PlanMismatchError)) and not (
-        isinstance(error, TransportError) and not isinstance(error, (DeadlineError, PeerLostError))
-    )
+    def leave(self) -> None:
+        """Say goodbye, and make waits in other threads end."""
+        self._channel.close()

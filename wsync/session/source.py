@@ -18,6 +18,7 @@ from wsync.errors import (
     PeerLostError,
     PlanMismatchError,
     StateError,
+    TransportError,
     WsyncError,
 )
 from wsync.plan.program import ShardMemory, SourceProgram, compile_source
@@ -46,6 +47,7 @@ from wsync.spec.manifest import SourceRankManifest
 from wsync.spec.serde import FORMAT_VERSION, decode
 from wsync.transport import SourceEnd
 
+_CLOSE_S = 5.0
 _GRACE_S = 2.0
 """A rank waits this much longer than the coordinator, whose error says more."""
 
@@ -55,10 +57,12 @@ class Publication:
 
     Attributes:
         version: what is published.
+        seq: number of the publish within the Source.
     """
 
-    def __init__(self, version: int, deadline_s: float) -> None:
+    def __init__(self, version: int, seq: int, deadline_s: float) -> None:
         self.version = version
+        self.seq = seq
         self.deadline = deadline_after(deadline_s)
         self.began_s = time.monotonic()
         self.released_s = 0.0
@@ -66,6 +70,7 @@ class Publication:
         self._over = threading.Event()
         self._error: WsyncError | None = None
         self._report: PublishReport | None = None
+        self._untouched = False
 
     @property
     def released(self) -> bool:
@@ -76,6 +81,11 @@ class Publication:
     def over(self) -> bool:
         """Whether every replica committed or was dropped."""
         return self._over.is_set()
+
+    @property
+    def left_no_trace(self) -> bool:
+        """Whether it is over and no replica has taken or may have begun to take the version."""
+        return self.over and self._untouched
 
     def wait_released(self) -> None:
         """Wait until this rank's memory was read: the optimizer may write again.
@@ -115,6 +125,8 @@ class Publication:
     def finish(self, report: PublishReport | None, error: WsyncError | None) -> None:
         """The publish is over."""
         self._report, self._error = report, error
+        outcomes = set(report.replicas.values()) if report else {"unknown"}
+        self._untouched = error is not None and outcomes <= {"old version serving"}
         self._over.set()
         self._released.set()
 
@@ -128,6 +140,7 @@ class SourceSession:
         memory: where, in the manifest's order.
         open_transport: makes this rank's end of the transport of that name.
         num_threads: of the pack kernels.
+        keepalive: what owns the memory; held as long as a worker may read it.
 
     Raises:
         WsyncError: the ranks do not fit together, or the deadline passed.
@@ -143,8 +156,10 @@ class SourceSession:
         transport: str,
         num_threads: int,
         join_deadline_s: float,
+        keepalive: object = None,
     ) -> None:
         self._channel = channel
+        self._keepalive = keepalive
         self._manifest = manifest
         self._memory = memory
         self._open_transport = open_transport
@@ -153,9 +168,13 @@ class SourceSession:
         self._program: SourceProgram | None = None
         self._end: SourceEnd | None = None
         self._finished: Finished | None = None
-        self._last_seq = 0
+        self._epoch = 0
+        self._seq = 0
+        self._last_version: int | None = None
+        self._closing = False
         self._worker: threading.Thread | None = None
         self._publication: Publication | None = None
+        self._current: Publication | None = None
         self._watch = Stopwatch()
         deadline = deadline_after(join_deadline_s)
         channel.send(SourceJoin(FORMAT_VERSION, transport, manifest))
@@ -167,6 +186,14 @@ class SourceSession:
             if isinstance(message, Accepted):
                 return message.incarnation
 
+    @property
+    def last_version(self) -> int | None:
+        """The last version that some replica may hold, or that is under way."""
+        publication = self._publication
+        if publication is None or not publication.left_no_trace:
+            return publication.version if publication else self._last_version
+        return self._last_version
+
     def publish(self, version: int, min_replicas: int, deadline_s: float) -> Publication:
         """Start a publish. See `wsync.Source.publish`."""
         previous = self._publication
@@ -175,8 +202,10 @@ class SourceSession:
                 f"publish(version={version}) while version {previous.version} is not released",
                 hint="call wait_released() first",
             )
-        publication = Publication(version, deadline_s)
-        self._channel.send(PublishRequest(version, min_replicas, deadline_s))
+        self._last_version = self.last_version
+        publication = Publication(version, self._seq + 1, deadline_s)
+        self._channel.send(PublishRequest(publication.seq, version, min_replicas, deadline_s))
+        self._seq = publication.seq
         worker = self._worker
         self._publication = publication
         self._worker = threading.Thread(
@@ -186,13 +215,19 @@ class SourceSession:
         return publication
 
     def close(self) -> None:
-        """Leave. A publish in flight fails. May be called twice."""
+        """Leave. A publish in flight fails; a bucket that is being packed is finished first. May be called twice."""
+        self._closing = True
         self._channel.close()
         if self._worker is not None:
-            self._worker.join(timeout=5)
-        if self._end is not None:
-            self._end.close()
-            self._end = None
+            self._worker.join(timeout=_CLOSE_S)
+            if self._worker.is_alive():
+                return  # it still reads and writes: it closes the transport itself when it is done
+        self._close_end()
+
+    def _close_end(self) -> None:
+        end, self._end = self._end, None
+        if end is not None:
+            end.close()
 
     # ---- the worker thread
 
@@ -202,7 +237,6 @@ class SourceSession:
         deadline = publication.deadline + _GRACE_S
         try:
             finished = self._serve(publication, deadline)
-            self._last_seq = finished.seq
             error = finished.fault.to_error() if finished.fault else None
             if isinstance(error, CommitError):
                 error.replicas = dict(finished.replicas)
@@ -213,9 +247,13 @@ class SourceSession:
             publication.finish(None, e)
         except Exception as e:  # the user waits on the publication: it must learn of every error
             publication.finish(None, WsyncError(f"publish failed: {type(e).__name__}: {e}"))
+        finally:
+            if self._closing:
+                self._close_end()
 
     def _serve(self, publication: Publication, deadline: float) -> Finished:
         self._finished = None
+        self._current = publication
         what = f"version {publication.version} to be over"
         while self._finished is None:
             message = self._channel.recv(deadline, what)
@@ -225,21 +263,22 @@ class SourceSession:
                 continue
             try:
                 if isinstance(message, Setup):
+                    self._epoch = message.epoch
                     self._setup(message)
                 elif isinstance(message, Connect):
-                    self._connect(message, deadline)
+                    self._connect(message, publication)
                 elif isinstance(message, Begin):
                     seq = message.seq
                     self._replay(message, publication)
                 else:
-                    self._take(message)
+                    self._take(message, publication)
             except Exception as e:  # every rank must learn of it
                 if self._finished is None:
-                    self._channel.send(Failed(seq, Fault.of(e)))
+                    self._channel.send(Failed(seq, self._epoch, Fault.of(e)))
         return self._finished
 
-    def _take(self, message: ToClient) -> None:
-        if isinstance(message, Finished) and message.seq > self._last_seq:
+    def _take(self, message: ToClient, publication: Publication) -> None:
+        if isinstance(message, Finished) and message.seq == publication.seq:
             self._finished = message
 
     def _check_incarnation(self, message: Rejoin) -> None:
@@ -249,10 +288,21 @@ class SourceSession:
                 hint="make a new Source on every trainer rank",
             )
 
+    def _setup_cancelled(self) -> None:
+        """While this rank connects: the publish may be over, or the coordinator may plan anew."""
+        message = self._channel.poll()
+        if isinstance(message, Setup):
+            self._channel.unread(message)
+            raise TransportError(f"epoch {self._epoch} was given up for epoch {message.epoch}")
+        if message is not None and self._current is not None:
+            self._take(message, self._current)
+        if self._finished is not None:
+            raise StateError(f"publish {self._finished.seq} ended while this rank connected")
+
     def _cancelled(self) -> None:
         message = self._channel.poll()
-        if message is not None:
-            self._take(message)
+        if message is not None and self._current is not None:
+            self._take(message, self._current)
         if self._finished is not None:
             fault = self._finished.fault
             raise fault.to_error() if fault else CommitError(f"round {self._finished.seq} ended while it was sent")
@@ -268,15 +318,18 @@ class SourceSession:
         offer = self._end.prepare(self._slice, message.num_sources)
         self._channel.send(Offer(message.epoch, message.plan_digest, offer))
 
-    def _connect(self, message: Connect, deadline: float) -> None:
-        if self._end is None or self._slice is None:
-            raise StateError("Connect came before Setup")
-        self._end.connect(list(message.source_offers), list(message.sink_offers), deadline)
+    def _connect(self, message: Connect, publication: Publication) -> None:
+        if self._end is None or self._slice is None or message.epoch != self._epoch:
+            raise StateError(f"Connect of epoch {message.epoch} came in epoch {self._epoch}")
+        deadline = min(publication.deadline, self._channel.arrived_s + message.deadline_s)
+        self._end.connect(list(message.source_offers), list(message.sink_offers), deadline, self._setup_cancelled)
         self._channel.send(Ready(message.epoch, self._slice.plan_digest))
 
     def _replay(self, begin: Begin, publication: Publication) -> None:
         if self._end is None or self._slice is None or self._program is None:
             raise StateError("Begin came before Setup")
+        if begin.seq != publication.seq:
+            return  # a publish that this rank gave up: the coordinator ends it without this rank
         if begin.plan_digest != self._slice.plan_digest:
             raise PlanMismatchError(
                 f"trainer rank {self._slice.rank} holds plan {self._slice.plan_digest}, "
@@ -293,7 +346,7 @@ class SourceSession:
         self._channel.send(Packed(begin.seq, self._watch.take()))
         with self._watch.phase("flush"):
             self._end.flush(deadline, self._cancelled)
-        self._channel.send(Flushed(begin.seq, self._watch.take()))
+        self._channel.send(Flushed(begin.seq, self._watch.take(), self._end.lost_sinks()))
 
     def _reduce(self, deadline: float) -> None:
         """Amaxes of scale blocks that a shard's edge cuts: one vector, one reduction."""

@@ -14,7 +14,7 @@ from wsync.spec.cluster import (
     encode_cluster,
     load_cluster,
 )
-from wsync.spec.dtypes import ITEMSIZE, itemsize
+from wsync.spec.dtypes import ITEMSIZE, itemsize, same_bytes
 from wsync.spec.manifest import (
     CopySpec,
     RankInfo,
@@ -65,5 +65,6 @@ __all__ = [
     "load_cluster",
     "merge_source",
     "recipe_parts",
+    "same_bytes",
     "scale_grid",
 ]

@@ -264,7 +264,7 @@ def decode_cluster(data: bytes, name: str = "cluster file") -> Cluster:
         # The version goes first: a newer file's unknown fields should read as "newer", not as a typing error.
         check_format(msgspec.json.decode(data, type=_Version).format_version, name)
         cluster = msgspec.json.decode(data, type=Cluster)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(
             f"{name} ({len(data)} bytes) is not a cluster description of version {FORMAT_VERSION}: {e}"
         ) from e

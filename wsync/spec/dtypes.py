@@ -36,3 +36,8 @@ def itemsize(dtype: str) -> int:
     except KeyError:
         known = ", ".join(ITEMSIZE)
         raise DtypeMismatchError(f"dtype {dtype!r} is not one of those that wsync moves ({known})") from None
+
+
+def same_bytes(a: str, b: str) -> bool:
+    """Whether memory of dtype ``a`` holds values of dtype ``b`` as they are: equal, or 8-bit floats kept as uint8."""
+    return a == b or (a == "uint8" and b.startswith("float8_")) or (b == "uint8" and a.startswith("float8_"))

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
-from wsync.errors import ManifestError
+from wsync.errors import ManifestError, ShapeMismatchError
 from wsync.spec.box import Box
+from wsync.spec.dtypes import itemsize
+
+PARAMETER = "parameter"
+BUFFER = "buffer"
+"""The kinds of a tensor."""
+
+MAX_DIMS = 32
+"""Dimensions that a tensor may have."""
+MAX_TENSOR_BYTES = 1 << 62
+"""Bytes that a tensor may have, so that every offset and stride in it fits 64 bits with a sign."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -15,7 +27,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: checkpoint name.
         shape: global shape in elements.
         dtype: torch name of what the trainer holds (``float32`` for f32 masters).
-        kind: ``"parameter"`` or ``"buffer"``.
+        kind: `PARAMETER` or `BUFFER`. Parameters must be finite.
         frozen: the trainer does not change it.
         alias_of: name of the tensor whose memory this one shares (tied weights), or None. Sent once, under that name.
     """
@@ -23,7 +35,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     shape: tuple[int, ...]
     dtype: str
-    kind: str = "parameter"
+    kind: str = PARAMETER
     frozen: bool = False
     alias_of: str | None = None
 
@@ -34,10 +46,12 @@ class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         host: identity of the machine (two ranks with equal ``host`` can share memory).
         pid: its process.
+        pid_namespace: in which ``pid`` counts (containers of one host may have their own).
     """
 
     host: str
     pid: int = 0
+    pid_namespace: str = ""
 
 
 class SourceRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,23 +150,76 @@ def merge_source(parts: list[SourceRankManifest]) -> SourceManifest:
     """Join the ranks' manifests, in order of rank.
 
     Raises:
-        ManifestError: ranks are missing or twice, or describe different tensors; the first difference is named.
+        ManifestError: ranks are missing or twice, or describe different tensors (the first difference is named), or a
+            rank's shards are not those of its tensors.
     """
     if not parts:
         raise ManifestError("a source needs at least one rank, got 0")
     by_rank = sorted(parts, key=lambda p: p.rank)
     world_size = by_rank[0].world_size
     ranks = [p.rank for p in by_rank]
-    if ranks != list(range(world_size)):
+    if len(ranks) != world_size or ranks != list(range(len(ranks))):
         raise ManifestError(f"a source of world size {world_size} needs ranks 0 to {world_size - 1}, got {ranks}")
     first = by_rank[0]
+    for tensor in first.tensors:
+        check_tensor(tensor)
     for part in by_rank[1:]:
         if part.world_size != world_size:
             raise ManifestError(f"rank 0 says world size {world_size}, rank {part.rank} says {part.world_size}")
         if part.tensors != first.tensors:
             raise ManifestError(_first_difference(first, part))
+    for part in by_rank:
+        _check_shards(part)
     shards = tuple(tuple(p.shards[i] for p in by_rank) for i in range(len(first.tensors)))
     return SourceManifest(tuple(p.info for p in by_rank), first.tensors, shards)
+
+
+def _check_shards(part: SourceRankManifest) -> None:
+    if len(part.shards) != len(part.tensors):
+        raise ManifestError(f"rank {part.rank} lists {len(part.tensors)} tensors, but shards of {len(part.shards)}")
+    checked: set[tuple[tuple[int, ...], tuple[Box, ...]]] = set()
+    for tensor, boxes in zip(part.tensors, part.shards, strict=True):
+        if (tensor.shape, boxes) not in checked:
+            check_shards(tensor, part.rank, boxes)
+            checked.add((tensor.shape, boxes))
+
+
+def check_tensor(tensor: TensorSpec) -> None:
+    """Refuse a tensor that cannot be.
+
+    Raises:
+        ManifestError: too many dimensions, a negative or huge size, or an unknown kind.
+        DtypeMismatchError: a dtype that wsync does not move.
+    """
+    if len(tensor.shape) > MAX_DIMS:
+        raise ManifestError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions, allowed are {MAX_DIMS}")
+    if any(n < 0 for n in tensor.shape):
+        raise ManifestError(f"tensor {tensor.name!r} has shape {tensor.shape}, allowed are sizes from 0")
+    nbytes = itemsize(tensor.dtype) * math.prod(tensor.shape)
+    if nbytes > MAX_TENSOR_BYTES:
+        raise ManifestError(f"tensor {tensor.name!r} has {nbytes} bytes, allowed are {MAX_TENSOR_BYTES}")
+    if tensor.kind not in (PARAMETER, BUFFER):
+        raise ManifestError(f"tensor {tensor.name!r} is of kind {tensor.kind!r}, allowed are {PARAMETER} and {BUFFER}")
+
+
+def check_shards(tensor: TensorSpec, rank: int, boxes: tuple[Box, ...]) -> None:
+    """Refuse boxes that are not inside their tensor.
+
+    Raises:
+        ShapeMismatchError: a box of another number of dimensions, or one that is negative or reaches outside.
+    """
+    for box in boxes:
+        if len(box.shape) != len(tensor.shape) or len(box.offset) != len(tensor.shape):
+            raise ShapeMismatchError(
+                f"shard of {tensor.name!r} on trainer rank {rank} has {len(box.shape)} dimensions (offset "
+                f"{box.offset}, shape {box.shape}), the tensor's shape is {tensor.shape}"
+            )
+        for offset, extent, limit in zip(box.offset, box.shape, tensor.shape, strict=True):
+            if offset < 0 or extent < 0 or offset + extent > limit:
+                raise ShapeMismatchError(
+                    f"shard of {tensor.name!r} on trainer rank {rank} (offset {box.offset}, shape {box.shape}) is not "
+                    f"inside the tensor's shape {tensor.shape}"
+                )
 
 
 def _first_difference(a: SourceRankManifest, b: SourceRankManifest) -> str:

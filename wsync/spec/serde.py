@@ -24,13 +24,13 @@ def decode(data: bytes, kind: type[T], *, max_bytes: int = 1 << 30) -> T:
     """Decode ``data`` as ``kind``, strictly.
 
     Raises:
-        WireError: too long, truncated, not MessagePack, unknown fields or wrong types.
+        WireError: too long, truncated, not MessagePack, unknown fields or wrong types, or text that is not UTF-8.
     """
     if len(data) > max_bytes:
         raise WireError(f"a {kind.__name__} of {len(data)} bytes is over the limit of {max_bytes}")
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # msgspec's own errors are ValueErrors, and so are UTF-8's
         raise WireError(f"{len(data)} bytes do not decode as {kind.__name__}: {e}") from e
 
 

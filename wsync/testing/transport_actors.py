@@ -44,6 +44,7 @@ class Command(msgspec.Struct, frozen=True):
         vector: to exchange first; empty for none.
         deadline_s: seconds from now.
         cancel_after_s: seconds until ``cancelled`` raises; negative for never.
+        close_after_s: seconds until another thread closes the end, in ``publish`` and ``receive``; negative for never.
         stop_after: leave `receive` after that many buckets; negative for all.
         copy_out: copy every arrived bucket to memory of the actor's own instead of hashing it.
     """
@@ -60,6 +61,7 @@ class Command(msgspec.Struct, frozen=True):
     vector: tuple[float, ...] = ()
     deadline_s: float = 20.0
     cancel_after_s: float = -1.0
+    close_after_s: float = -1.0
     stop_after: int = -1
     copy_out: bool = False
 
@@ -84,6 +86,7 @@ class Answer(msgspec.Struct, frozen=True):
     vector: tuple[float, ...] = ()
     flag: bool = False
     number: int = 0
+    lost: dict[int, str] = {}
 
 
 def content(version: int, bucket_idx: int, num_bytes: int) -> Bytes:
@@ -138,12 +141,14 @@ class _Stage:
         return Answer(offer=sink.prepare(self._slice))
 
     def connect(self, c: Command) -> Answer:
-        self._end.connect(list(c.source_offers), list(c.sink_offers), time.monotonic() + c.deadline_s)
+        deadline = time.monotonic() + c.deadline_s
+        self._end.connect(list(c.source_offers), list(c.sink_offers), deadline, _cancelled(c))
         return Answer()
 
     def publish(self, c: Command) -> Answer:
         """A whole publish: exchange, then every bucket, then flush."""
         end, deadline, cancelled = self._source(), time.monotonic() + c.deadline_s, _cancelled(c)
+        self._close_later(c)
         end.begin(c.version, deadline, cancelled)
         vector = np.array(c.vector, dtype=np.float32)
         if c.vector:
@@ -165,6 +170,7 @@ class _Stage:
 
     def receive(self, c: Command) -> Answer:
         sink: SinkEnd = self._end
+        self._close_later(c)
         arrivals: list[Arrival] = []
         for staged in sink.receive(c.version, time.monotonic() + c.deadline_s, _cancelled(c)):
             num_bytes = self._slice.buckets[staged.bucket_pos].used_bytes
@@ -176,6 +182,39 @@ class _Stage:
             if len(arrivals) == c.stop_after:
                 break
         return Answer(arrivals=tuple(arrivals))
+
+    def lost_sinks(self, _: Command) -> Answer:
+        return Answer(lost=self._source().lost_sinks())
+
+    def write_while_another_thread_closes(self, c: Command) -> Answer:
+        """Fill the first bucket after the end was closed under this thread's feet, then try to send it."""
+        end, deadline, cancelled = self._source(), time.monotonic() + c.deadline_s, _cancelled(c)
+        end.begin(c.version, deadline, cancelled)
+        staging = memory_at(end.address(0), self._slice.buckets[0].used_bytes)
+        self._close_in_thread()
+        staging[:] = 5
+        end.send(0, 0, deadline, cancelled)
+        return Answer()
+
+    def read_while_another_thread_closes(self, c: Command) -> Answer:
+        """Receive all, and look at the bytes after the end was closed under this thread's feet."""
+        sink: SinkEnd = self._end
+        found = list(sink.receive(c.version, time.monotonic() + c.deadline_s, _cancelled(c)))
+        self._close_in_thread()
+        arrivals = []
+        for staged in found:
+            seen = memory_at(staged.address, self._slice.buckets[staged.bucket_pos].used_bytes)
+            arrivals.append(Arrival(staged.bucket_pos, staged.address, staged.digest, hash_of(seen)))
+        return Answer(arrivals=tuple(arrivals))
+
+    def _close_later(self, c: Command) -> None:
+        if c.close_after_s >= 0:
+            threading.Timer(c.close_after_s, self._end.close).start()
+
+    def _close_in_thread(self) -> None:
+        closer = threading.Thread(target=self._end.close)
+        closer.start()
+        closer.join()
 
     def still_valid(self, c: Command) -> Answer:
         return Answer(flag=bool(self._end.still_valid(c.version)))

@@ -20,29 +20,12 @@ import msgspec
 import pytest
 
 from wsync.testing.transport_actors import CANCELLED, ActorPool, Answer, Command
+from wsync.testing.transport_checks import check, check_fine, check_raised
 from wsync.testing.transport_crew import Crew, HandPlan, ask_all, hand_plan
+from wsync.testing.transport_sickness import SicknessContract
 
 NAMED_LOSS = ("PeerLostError", "DeadlineError")
 """What a lost peer may be reported as."""
-
-
-def check(condition: bool, *found: object) -> None:
-    """An assertion that python -O keeps."""
-    if not condition:
-        raise AssertionError(" ".join(str(item) for item in found))
-
-
-def check_fine(answers: Sequence[Answer]) -> None:
-    """No answer is an error."""
-    for answer in answers:
-        check(not answer.error, answer.error, answer.message)
-
-
-def check_raised(answer: Answer, errors: Sequence[str], *words: str) -> None:
-    """One of ``errors`` was raised and its message has all ``words``."""
-    check(answer.error in errors, "wanted", errors, "got", answer.error or "no error", answer.message)
-    for word in words:
-        check(word in answer.message, f"no {word!r} in:", answer.message)
 
 
 def shared_names() -> set[str]:
@@ -53,7 +36,7 @@ def shared_names() -> set[str]:
 _processes = ActorPool(in_process=False)
 
 
-class TransportContract:
+class TransportContract(SicknessContract):
     """The suite; see the module."""
 
     transport: ClassVar[str]
@@ -244,24 +227,6 @@ class TransportContract:
                 closed = actor.do(Command("close"))
                 check_fine([closed])
                 check(closed.seconds < 5.0, "close took", closed.seconds, "s")
-
-    def test_a_killed_sink_never_hangs_a_source_or_another_sink(self, pool: ActorPool) -> None:
-        if self.in_process:
-            pytest.skip("threads cannot be killed")
-        with self.crew(pool, hand_plan(bucket_bytes=1 << 20)) as crew:
-            self.check_arrived(crew, 1, crew.sync(1))
-            crew.sinks[1].kill()
-            crew.sinks[0].ask(Command("receive", version=2, deadline_s=2.5))
-            for source in crew.sources:
-                source.ask(Command("publish", version=2, deadline_s=2.0))
-            for source in crew.sources:
-                answer = source.answer()
-                if answer.error:
-                    check_raised(answer, NAMED_LOSS, "sink 1")
-                check(answer.seconds < 5.0, "took", answer.seconds, "s")
-            check(crew.sinks[0].answer().seconds < 6.0, "the other sink hung")
-            for actor in (crew.sinks[0], *crew.sources):
-                check(actor.do(Command("close")).seconds < 5.0, "close hung")
 
     # ---- what is refused
 

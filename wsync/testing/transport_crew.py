@@ -118,9 +118,15 @@ class Crew:
         self.sink_offers = tuple(answer.offer for answer in answers[len(self.sources) :])
         return answers
 
-    def connect_command(self, deadline_s: float = 20.0) -> Command:
+    def connect_command(self, deadline_s: float = 20.0, cancel_after_s: float = -1.0) -> Command:
         """What every end has to do to connect."""
-        return Command("connect", source_offers=self.source_offers, sink_offers=self.sink_offers, deadline_s=deadline_s)
+        return Command(
+            "connect",
+            source_offers=self.source_offers,
+            sink_offers=self.sink_offers,
+            deadline_s=deadline_s,
+            cancel_after_s=cancel_after_s,
+        )
 
     def connect(self, deadline_s: float = 20.0) -> list[Answer]:
         """Connect all ends."""

@@ -9,7 +9,13 @@ On the sink end: ``prepare`` once; then for each version ``receive`` until all b
 
 ``version`` is the session's publish sequence: it increases strictly, and a failed publish burns its number. A failed
 publish needs no call: the next version begins, at all ends that are left, and takes nothing of the failed one.
-A peer that is gone makes the transport useless to those that need it: close it and open another.
+
+One sick sink costs its own replica and nobody else's version: a source goes on without it and names it in
+`SourceEnd.lost_sinks`. A sink that is lost stays lost until the ends are closed and opened anew. A trainer rank that is
+gone makes the transport useless to those that need it, and so does a sink that relays to its children.
+
+`close` may come from another thread than the calls, also during one of them: that call ends with an error, and memory
+whose addresses were given out for an unfinished version stays mapped until the end itself is no longer referenced.
 """
 
 from __future__ import annotations
@@ -25,6 +31,10 @@ from wsync.plan.types import SinkSlice, SourceSlice
 
 Cancelled = Callable[[], None]
 """Called about every 10 ms inside waits; raises the error that should end the wait (an abort, a lost peer)."""
+
+
+def never_cancelled() -> None:
+    """A `Cancelled` that never raises."""
 
 
 class Staged(msgspec.Struct, frozen=True):
@@ -47,8 +57,21 @@ class SourceEnd(Protocol):
     def prepare(self, slice_: SourceSlice, num_sources: int) -> bytes:
         """Allocate staging (zeroed, faulted in) and return what the other ends need to reach it (the *offer*)."""
 
-    def connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> None:
-        """Get the offers of all ends, in order of rank and sink index. After this nothing is allocated any more."""
+    def connect(
+        self,
+        source_offers: list[bytes],
+        sink_offers: list[bytes],
+        deadline: float,
+        cancelled: Cancelled = never_cancelled,
+    ) -> None:
+        """Get the offers of all ends, in order of rank and sink index. After this nothing is allocated any more.
+
+        What ``cancelled`` raises ends the wait for the other ends, and then, as after every error but `StateError`
+        (connected already), the end is good for `close` only.
+
+        Raises:
+            PeerLostError: other ends did not come or died meanwhile; the message names them.
+        """
 
     def begin(self, version: int, deadline: float, cancelled: Cancelled) -> None:
         """Start a version: wait until staging may be overwritten."""
@@ -60,13 +83,23 @@ class SourceEnd(Protocol):
         """Elementwise maximum over all trainer ranks, in place."""
 
     def send(self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled) -> None:
-        """The bucket is packed: make it visible or send it."""
+        """The bucket is packed: make it visible or send it. Waits for no sink, and never raises because of one."""
 
     def flush(self, deadline: float, cancelled: Cancelled) -> None:
-        """Wait until nothing of this rank is on its way any more."""
+        """Wait until nothing of this rank is on its way any more to a sink that is not lost.
+
+        A sink that lives and does not receive is waited for until the deadline or until ``cancelled`` raises.
+        """
+
+    def lost_sinks(self) -> dict[int, str]:
+        """Sinks that get nothing from here any more: sink index -> reason. Empty where all are well.
+
+        Always empty for transports whose sinks read by themselves (shm, loopback). May be called from the thread of the
+        other calls at any time between `connect` and `close`, and keeps its answer after `close`.
+        """
 
     def close(self) -> None:
-        """Give everything back. May be called twice, and after an error."""
+        """Give everything back. May be called twice, after an error, and from another thread (see the module)."""
 
 
 class SinkEnd(Protocol):
@@ -75,8 +108,14 @@ class SinkEnd(Protocol):
     def prepare(self, slice_: SinkSlice) -> bytes:
         """Allocate staging and return this end's offer."""
 
-    def connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> None:
-        """Get the offers of all ends."""
+    def connect(
+        self,
+        source_offers: list[bytes],
+        sink_offers: list[bytes],
+        deadline: float,
+        cancelled: Cancelled = never_cancelled,
+    ) -> None:
+        """Get the offers of all ends; see `SourceEnd.connect`."""
 
     def receive(self, version: int, deadline: float, cancelled: Cancelled) -> Iterator[Staged]:
         """Yield every bucket of the slice as it arrives, and relay those that other sinks get from here."""
@@ -88,4 +127,4 @@ class SinkEnd(Protocol):
         """Staging of ``version`` is no longer read."""
 
     def close(self) -> None:
-        """Give everything back. May be called twice, and after an error."""
+        """Give everything back. May be called twice, after an error, and from another thread (see the module)."""

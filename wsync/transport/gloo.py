@@ -2,11 +2,14 @@
 
 A bucket is one message. Sources send in order of packing, sinks post receives for the whole version ahead and relay
 along the bucket's hops. Neither side touches the default process group.
+
+A sink that fails is one of its source's `lost_sinks` and nothing more, and so is one that still has not taken what was
+sent to it when the next version begins. A message that gloo was given cannot be taken back: should such a sink read on,
+it finds bytes of two versions, and their digest does not fit. For sinks that relay see `wsync.transport.gloo_relays`.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ import numpy.typing as npt
 
 from wsync.errors import ConfigError, StateError, TransportError, WsyncError
 from wsync.plan.types import ALIGNMENT, SOURCE, Bucket, SinkSlice, SourceSlice
-from wsync.transport.base import Cancelled, Staged
+from wsync.transport.base import Cancelled, Staged, never_cancelled
 from wsync.transport.buffers import Staging
 from wsync.transport.checks import (
     check_exchange,
@@ -29,8 +32,17 @@ from wsync.transport.checks import (
 from wsync.transport.gloo_connect import StoreSockets, connect_mesh, own_address
 from wsync.transport.gloo_exchange import Exchange
 from wsync.transport.gloo_mesh import TRAILER_BYTES, Mesh, Message, Transfer
+from wsync.transport.gloo_outbox import Outbox
+from wsync.transport.gloo_relays import Relays
+from wsync.transport.lifetime import Lease
 from wsync.transport.offers import OFFER_FORMAT, Offer, decode_offers, encode_offer, host_identity
-from wsync.transport.waiting import Patience
+from wsync.transport.waiting import Patience, remaining_s
+
+_STALL_S = 5.0
+"""How long `begin` waits, while nothing moves, for sinks to take what a failed version left under way.
+
+Never more than a quarter of the time there is.
+"""
 
 _RELAY_GRACE_S = 2.0
 """How long a sink that closes lets relays under way finish."""
@@ -48,6 +60,7 @@ class _GlooEnd(ABC):
         self._sockets: StoreSockets | None = None
         self._num_sources = 0
         self._version = 0
+        self._lease = Lease()
 
     def _prepare(self, side: str, rank: int, slice_: SourceSlice | SinkSlice, exchange_elements: int) -> bytes:
         if self._offer is not None:
@@ -76,7 +89,9 @@ class _GlooEnd(ABC):
         )
         return encode_offer(self._offer)
 
-    def _connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> Mesh:
+    def _connect(
+        self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float, cancelled: Cancelled
+    ) -> Mesh:
         if self._offer is None or self._staging is None:
             raise StateError("the transport is not prepared, or closed")
         if self._mesh is not None:
@@ -84,7 +99,7 @@ class _GlooEnd(ABC):
         sources, sinks = decode_offers(self._offer, source_offers, sink_offers)
         self._num_sources = len(sources)
         self._check_peers(sources, sinks)
-        self._mesh = connect_mesh(self._offer, sources, sinks, self._sockets, deadline)
+        self._mesh = connect_mesh(self._offer, sources, sinks, self._sockets, deadline, cancelled)
         return self._mesh
 
     @abstractmethod
@@ -108,17 +123,18 @@ class _GlooEnd(ABC):
         return self._staging.address(bucket_pos)
 
     def close(self) -> None:
-        """Give everything back; see `SourceEnd.close`."""
+        """Give everything back; see `SourceEnd.close`. While a version is under way, the lease keeps its staging."""
         mesh, self._mesh = self._mesh, None
         if mesh is not None:
             mesh.close()
         if self._sockets is not None:
             self._sockets.close()
             self._sockets = None
+        self._lease.keep(self._messages)  # they hold the memory
         self._messages = []
-        if self._staging is not None:
-            self._staging.close()
-            self._staging = None
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            staging.close()
 
 
 class GlooSource(_GlooEnd):
@@ -129,7 +145,8 @@ class GlooSource(_GlooEnd):
         super().__init__(address)
         self._slice: SourceSlice | None = None
         self._exchange: Exchange | None = None
-        self._outgoing: list[tuple[int, Transfer]] = []  # bucket position, transfer
+        self._outbox: Outbox | None = None
+        self._lost: dict[int, str] = {}
         self._sent: set[int] = set()
         self._exchanged = False
 
@@ -144,68 +161,75 @@ class GlooSource(_GlooEnd):
         self._slice = slice_
         return self._prepare("source", slice_.rank, slice_, slice_.amax_elements)
 
-    def connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> None:
-        mesh = self._connect(source_offers, sink_offers, deadline)
+    def connect(
+        self,
+        source_offers: list[bytes],
+        sink_offers: list[bytes],
+        deadline: float,
+        cancelled: Cancelled = never_cancelled,
+    ) -> None:
+        mesh = self._connect(source_offers, sink_offers, deadline, cancelled)
         if self._plan.amax_elements:
             self._exchange = Exchange(mesh, self._plan.rank, self._num_sources, self._plan.amax_elements)
+        self._outbox = Outbox(mesh, self._label, self._num_sources, self._lost)
 
     def _check_peers(self, sources: list[Offer], sinks: list[Offer]) -> None:
         for bucket in self._plan.buckets:
             if bucket.sinks and max(bucket.sinks) >= len(sinks):
                 raise ConfigError(f"the plan sends to sink {max(bucket.sinks)} and there are {len(sinks)} sinks")
 
+    @property
+    def _sending(self) -> Outbox:
+        if self._outbox is None:
+            raise StateError("the transport is not connected, or closed")
+        return self._outbox
+
     def begin(self, version: int, deadline: float, cancelled: Cancelled) -> None:
-        mesh = self._connected
+        outbox = self._sending
         check_next_version(self._label, self._version, version)
         # What a failed version left under way still reads staging: it drains while the sinks receive again.
-        self._wait_sent(mesh, Patience(deadline, cancelled))
+        outbox.drain(Patience(deadline, cancelled), min(_STALL_S, remaining_s(deadline) / 4))
+        outbox.begin(version)
         self._version = version
         self._sent.clear()
         self._exchanged = False
+        self._lease.begin(version)
 
     def exchange_max(self, vector: npt.NDArray[np.float32], deadline: float, cancelled: Cancelled) -> None:
-        self._connected  # noqa: B018  raises where closed
-        check_exchange(self._plan, vector, self._exchanged)
-        self._exchanged = True
-        if self._exchange is not None:
-            self._exchange.run(vector, self._version, Patience(deadline, cancelled))
+        with self._lease.ending_on_error(self._version):
+            self._connected  # noqa: B018  raises where closed
+            check_exchange(self._plan, vector, self._exchanged)
+            self._exchanged = True
+            if self._exchange is not None:
+                self._exchange.run(vector, self._version, Patience(deadline, cancelled))
 
     def send(self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled) -> None:
-        mesh = self._connected
-        check_send(self._plan, self._version, self._sent, bucket_pos)
-        Patience(deadline, cancelled).check(lambda: f"{self._label} sent {len(self._sent)} buckets")
-        self._sent.add(bucket_pos)
-        bucket = self._plan.buckets[bucket_pos]
-        message = self._messages[bucket_pos]
-        message.seal(self._version, digest)
-        for src, sink in bucket.hops:
-            if src == SOURCE:
-                transfer = mesh.post_send(self._num_sources + sink, bucket.bucket_idx, message)
-                self._outgoing.append((bucket_pos, transfer))
-        for pos, transfer in self._outgoing:
-            if transfer.error:
-                mesh.check(transfer, self._progress(pos))
+        with self._lease.ending_on_error(self._version):
+            messages = self._messages  # before the check: `close` takes them away after it makes the check fail
+            outbox = self._sending
+            check_send(self._plan, self._version, self._sent, bucket_pos)
+            Patience(deadline, cancelled).check(outbox.progress)
+            self._sent.add(bucket_pos)
+            bucket, message = self._plan.buckets[bucket_pos], messages[bucket_pos]
+            message.seal(self._version, digest)
+            for src, sink in bucket.hops:
+                if src == SOURCE:
+                    outbox.post(sink, bucket.bucket_idx, message)
+            outbox.reap()
 
     def flush(self, deadline: float, cancelled: Cancelled) -> None:
-        self._wait_sent(self._connected, Patience(deadline, cancelled))
+        with self._lease.ending_on_error(self._version):
+            self._sending.wait(Patience(deadline, cancelled))
+            self._lease.end(self._version)
 
-    def _wait_sent(self, mesh: Mesh, patience: Patience) -> None:
-        for pos, transfer in self._outgoing:
-            subject = functools.partial(self._progress, pos)
-            mesh.wait_for(transfer, patience, subject)
-        self._outgoing.clear()
-
-    def _progress(self, bucket_pos: int) -> str:
-        sizes = [(self._messages[pos].num_bytes, transfer) for pos, transfer in self._outgoing]
-        done = sum(size for size, transfer in sizes if transfer.finished and not transfer.error)
-        return (
-            f"{self._label} had {done} of {sum(size for size, _ in sizes)} bytes of version {self._version} sent"
-            f" and was at bucket {self._plan.buckets[bucket_pos].bucket_idx}"
-        )
+    def lost_sinks(self) -> dict[int, str]:
+        if self._outbox is not None:
+            self._outbox.reap()
+        return dict(self._lost)
 
     def close(self) -> None:
+        self._outbox = None
         super().close()
-        self._outgoing.clear()
         self._exchange = None
 
 
@@ -219,7 +243,7 @@ class GlooSink(_GlooEnd):
         self._positions: dict[int, int] = {}  # bucket_idx -> position
         self._feeders: list[int] = []  # mesh index of who sends each bucket
         self._inbox: deque[Transfer] = deque()
-        self._relays: dict[int, list[Transfer]] = {}
+        self._relays: Relays | None = None
         self._num_done = 0
         self._bytes_done = 0
         self._healthy = True
@@ -235,10 +259,18 @@ class GlooSink(_GlooEnd):
         self._slice = slice_
         return self._prepare("sink", slice_.sink_idx, slice_, 0)
 
-    def connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> None:
-        self._connect(source_offers, sink_offers, deadline)
-        self._positions = {bucket.bucket_idx: pos for pos, bucket in enumerate(self._plan.buckets)}
-        self._feeders = [self._feeder(bucket) for bucket in self._plan.buckets]
+    def connect(
+        self,
+        source_offers: list[bytes],
+        sink_offers: list[bytes],
+        deadline: float,
+        cancelled: Cancelled = never_cancelled,
+    ) -> None:
+        mesh = self._connect(source_offers, sink_offers, deadline, cancelled)
+        buckets = self._plan.buckets
+        self._positions = {bucket.bucket_idx: pos for pos, bucket in enumerate(buckets)}
+        self._feeders = [self._feeder(bucket) for bucket in buckets]
+        self._relays = Relays(mesh, self._plan.sink_idx, self._num_sources, buckets, self._messages)
 
     def _feeder(self, bucket: Bucket) -> int:
         feeder = next(src for src, dst in bucket.hops if dst == self._plan.sink_idx)
@@ -254,29 +286,47 @@ class GlooSink(_GlooEnd):
                 )
 
     def receive(self, version: int, deadline: float, cancelled: Cancelled) -> Iterator[Staged]:
-        mesh = self._connected
+        mesh, relays = self._connected, self._relays
+        if relays is None:
+            raise StateError("the transport is not connected, or closed")
         check_next_version(self._label, self._version, version)
         self._version = version
         self._num_done = 0
         self._bytes_done = 0
         self._healthy = False
+        self._lease.begin(version)
+        relays.begin()
         # What a failed version left posted stays so: the next message of that stream arrives there.
         unposted = [pos for pos, message in enumerate(self._messages) if message.transfer is None]
-        unposted = [pos for pos in unposted if not self._post(mesh, pos)]
-        return self._arrivals(mesh, version, unposted, Patience(deadline, cancelled))
+        unposted = [pos for pos in unposted if not self._post(mesh, relays, pos)]
+        return self._guarded(mesh, relays, version, unposted, Patience(deadline, cancelled))
 
-    def _arrivals(self, mesh: Mesh, version: int, unposted: list[int], patience: Patience) -> Iterator[Staged]:
+    def _guarded(
+        self, mesh: Mesh, relays: Relays, version: int, unposted: list[int], patience: Patience
+    ) -> Iterator[Staged]:
+        complete = False
+        try:
+            yield from self._arrivals(mesh, relays, unposted, patience)
+            complete = True
+        finally:
+            if not complete:
+                self._lease.end(version)
+                relays.give_up(version)
+        self._healthy = True
+
+    def _arrivals(self, mesh: Mesh, relays: Relays, unposted: list[int], patience: Patience) -> Iterator[Staged]:
+        version, messages, num_done = self._version, self._messages, 0
 
         def ready() -> bool:
-            return bool(self._inbox) or any(self._is_free(pos) for pos in unposted)
+            return bool(self._inbox) or relays.has_notes or any(relays.is_free(pos) for pos in unposted)
 
-        while self._num_done < len(self._messages):
+        while num_done < len(messages):
             mesh.wait(ready, patience, self._progress)
-            unposted[:] = [pos for pos in unposted if not self._post(mesh, pos)]
+            unposted[:] = [pos for pos in unposted if not self._post(mesh, relays, pos)]
             while self._inbox:
                 transfer = self._inbox.popleft()
                 pos = self._positions[transfer.key]
-                message = self._messages[pos]
+                message = messages[pos]
                 message.transfer = None
                 mesh.check(transfer, self._progress())
                 if message.version < version:
@@ -286,33 +336,20 @@ class GlooSink(_GlooEnd):
                     raise TransportError(
                         f"{mesh.label(transfer.peer)} went on to version {message.version}: {self._progress()}"
                     )
-                self._relay(mesh, pos)
-                self._num_done += 1
+                relays.pass_on(pos)
+                num_done += 1
+                self._num_done = num_done
                 self._bytes_done += message.num_bytes
                 patience.check(self._progress)
                 yield Staged(bucket_pos=pos, address=self.address(pos), digest=message.digest)
-        self._healthy = True
+            relays.check_notes(version, self._progress())
 
-    def _is_free(self, pos: int) -> bool:
-        """Whether nobody reads the bucket any more on behalf of another sink."""
-        return all(transfer.finished for transfer in self._relays.get(pos, ()))
-
-    def _post(self, mesh: Mesh, pos: int) -> bool:
-        if not self._is_free(pos):
+    def _post(self, mesh: Mesh, relays: Relays, pos: int) -> bool:
+        if not relays.is_free(pos):
             return False
-        self._relays.pop(pos, None)
-        bucket = self._plan.buckets[pos]
-        mesh.post_receive(self._feeders[pos], bucket.bucket_idx, self._messages[pos], self._inbox)
+        relays.forget(pos)
+        mesh.post_receive(self._feeders[pos], self._plan.buckets[pos].bucket_idx, self._messages[pos], self._inbox)
         return True
-
-    def _relay(self, mesh: Mesh, pos: int) -> None:
-        """Pass the bucket on. A lost receiver is its own replica's failure, not this one's."""
-        bucket = self._plan.buckets[pos]
-        targets = [dst for src, dst in bucket.hops if src == self._plan.sink_idx]
-        if targets:
-            self._relays[pos] = [
-                mesh.post_send(self._num_sources + dst, bucket.bucket_idx, self._messages[pos]) for dst in targets
-            ]
 
     def _progress(self) -> str:
         mesh = self._mesh
@@ -328,19 +365,15 @@ class GlooSink(_GlooEnd):
         return self._mesh is not None and version == self._version
 
     def release(self, version: int) -> None:
-        """Nothing to give back: the next `receive` overwrites."""
+        """Nothing to give back but the lease: the next `receive` overwrites."""
+        self._lease.end(version)
 
     def close(self) -> None:
-        mesh = self._mesh
-        if mesh is not None and self._healthy:
+        mesh, relays = self._mesh, self._relays
+        if mesh is not None and relays is not None and self._healthy:
             try:
-                mesh.wait(
-                    lambda: all(self._is_free(pos) for pos in self._relays),
-                    Patience.for_seconds(_RELAY_GRACE_S),
-                    lambda: f"{self._label} relayed",
-                )
+                mesh.wait(relays.all_free, Patience.for_seconds(_RELAY_GRACE_S), lambda: f"{self._label} relayed")
             except WsyncError:
                 self._healthy = False
         super().close()
-        self._inbox.clear()
-        self._relays.clear()
+        self._relays = None

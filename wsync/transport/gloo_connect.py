@@ -1,4 +1,8 @@
-"""How the ends of a gloo group find each other: addresses in the offers, a store on trainer rank 0, one group."""
+"""How the ends of a gloo group find each other: addresses in the offers, a store on trainer rank 0, one group.
+
+All ends first meet at the store, where waiting can be ended and who is missing can be told; only then do they build the
+group, which blocks inside gloo. Both run in a helper thread, so that the caller's wait ends whenever it should.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,22 @@ import fcntl
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from wsync.errors import ConnectError, DeadlineError
+from wsync.errors import ConnectError, DeadlineError, PeerLostError
+from wsync.transport.base import Cancelled, never_cancelled
 from wsync.transport.gloo_mesh import Mesh
 from wsync.transport.offers import Offer
-from wsync.transport.waiting import remaining_s
+from wsync.transport.waiting import Patience, remaining_s
 
 LOOPBACK = "127.0.0.1"
 _RETRY_S = 0.02
+_JOIN_S = 30.0  # for building the group once all ends have met: less only where the deadline is near
+_VERDICT_S = 1.0  # how long who failed to join waits to hear who failed as well
 
 
 def own_address() -> str:
@@ -80,62 +88,195 @@ class StoreSockets:
         self._sockets.clear()
 
 
-def _await_listener(address: str, port: int, deadline: float) -> None:
-    """Wait until somebody listens there: the store's own client may take twice the time it is given."""
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=remaining_s(deadline)).close()
-            return
-        except OSError:
-            if time.monotonic() + _RETRY_S >= deadline:
-                raise
-            time.sleep(_RETRY_S)
-
-
 def connect_mesh(
-    own: Offer, sources: Sequence[Offer], sinks: Sequence[Offer], sockets: StoreSockets | None, deadline: float
+    own: Offer,
+    sources: Sequence[Offer],
+    sinks: Sequence[Offer],
+    sockets: StoreSockets | None,
+    deadline: float,
+    cancelled: Cancelled = never_cancelled,
 ) -> Mesh:
     """Join the group; returns once every end has.
 
     Args:
         sockets: trainer rank 0's, None elsewhere.
         deadline: on `time.monotonic`.
+        cancelled: called from this thread while it waits; what it raises ends the wait.
 
     Raises:
-        DeadlineError: not every end came in time.
-        ConnectError: the store cannot be reached.
+        PeerLostError: ends did not come in time, or died meanwhile; the message names them.
+        DeadlineError: the store was not there in time.
+        ConnectError: the store cannot be reached, or the group not built.
     """
-    import torch.distributed
-
-    c10d: Any = torch.distributed  # its stubs name neither the stores nor the options
-
-    ends = [*sources, *sinks]
-    index = own.rank + (len(sources) if own.side == "sink" else 0)
-    one_host = len({offer.host for offer in ends}) == 1
-    store_address, store_port = sources[0].addresses[0 if one_host else -1]
-    bind = LOOPBACK if one_host else (own.addresses[-1][0])
-    began = time.monotonic()
+    rendezvous = _Rendezvous(own, sources, sinks, sockets, deadline)
+    threading.Thread(target=rendezvous.run, name="wsync-gloo-connect", daemon=True).start()
+    patience = Patience(deadline + 2 * _VERDICT_S, cancelled)
     try:
+        while not rendezvous.done.wait(patience.slice_s):
+            patience.check(lambda: rendezvous.what)
+    except BaseException:
+        rendezvous.abandon()
+        raise
+    return rendezvous.mesh()
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the mesh any more."""
+
+
+class _Rendezvous:
+    """One attempt of one end. `run` runs in a thread of its own, the other calls come from the thread that waits."""
+
+    def __init__(
+        self,
+        own: Offer,
+        sources: Sequence[Offer],
+        sinks: Sequence[Offer],
+        sockets: StoreSockets | None,
+        deadline: float,
+    ) -> None:
+        self._own = own
+        self._ends = [*sources, *sinks]
+        self._index = own.rank + (len(sources) if own.side == "sink" else 0)
+        self._sockets = sockets
+        self._deadline = deadline
+        one_host = len({offer.host for offer in self._ends}) == 1
+        self._address, self._port = sources[0].addresses[0 if one_host else -1]
+        self._bind = LOOPBACK if one_host else own.addresses[-1][0]
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._mesh: Mesh | None = None
+        self._error: Exception | None = None
+        self.done = threading.Event()
+
+    @property
+    def what(self) -> str:
+        """What this end is trying, as messages say it."""
+        return f"{self._own.label} tried to reach {len(self._ends) - 1} other ends through {self._address}:{self._port}"
+
+    def run(self) -> None:
+        try:
+            mesh = self._join()
+        except Exception as error:
+            # Their frames would keep the store alive, and others would meet where nobody comes any more.
+            for part in (error, error.__cause__, error.__context__):
+                if part is not None:
+                    part.__traceback__ = None
+            self._error = error
+        else:
+            with self._lock:
+                self._mesh = mesh
+            if self._stop.is_set():
+                self.abandon()
+        self.done.set()
+
+    def mesh(self) -> Mesh:
+        """The outcome, once ``done``."""
+        if self._mesh is not None:
+            return self._mesh
+        raise self._error if self._error is not None else ConnectError(f"{self.what} and was abandoned")
+
+    def abandon(self) -> None:
+        """End the attempt as soon as it can be, and close what comes of it."""
+        self._stop.set()
+        with self._lock:
+            mesh, self._mesh = self._mesh, None
+        if mesh is not None:
+            mesh.close()
+
+    def _join(self) -> Mesh:
+        try:
+            store = self._open_store()
+        except (RuntimeError, OSError) as error:
+            raise self._failed(error) from error
+        try:
+            self._meet(store)
+            group = self._build_group(store)
+        except (RuntimeError, OSError) as error:
+            missing = self._never_joined(store)
+            if missing:
+                raise PeerLostError(f"{self.what}, and {missing} was lost meanwhile: {_reason(error)}") from error
+            raise self._failed(error) from error
+        store.set(f"joined/{self._index}", b"")
+        return Mesh(group, store, [offer.label for offer in self._ends])
+
+    def _open_store(self) -> Any:
+        import torch.distributed
+
+        c10d: Any = torch.distributed  # its stubs name neither the stores nor the options
+        sockets = self._sockets
         if sockets is None:
-            _await_listener(store_address, store_port, deadline)
-        store: Any = c10d.TCPStore(
-            store_address,
-            store_port,
+            self._await_listener()
+        return c10d.TCPStore(
+            self._address,
+            self._port,
             is_master=sockets is not None,
-            timeout=timedelta(seconds=remaining_s(deadline)),
+            timeout=timedelta(seconds=remaining_s(self._deadline)),
             wait_for_workers=False,
-            master_listen_fd=sockets.take(store_address) if sockets is not None else None,
+            master_listen_fd=sockets.take(self._address) if sockets is not None else None,
         )
+
+    def _await_listener(self) -> None:
+        """Wait until somebody listens there: the store's own client may take twice the time it is given."""
+        while True:
+            try:
+                socket.create_connection((self._address, self._port), timeout=remaining_s(self._deadline)).close()
+                return
+            except OSError:
+                if time.monotonic() + _RETRY_S >= self._deadline:
+                    raise
+            self._pause(_RETRY_S)
+
+    def _meet(self, store: Any) -> None:
+        """Wait at the store until all ends are there."""
+        store.set(f"here/{self._index}", b"")
+        num_here = store.add("here", 1)
+        pause_s = 0.002
+        while num_here < len(self._ends):
+            if time.monotonic() >= self._deadline:
+                missing = self._without(store, "here")
+                waited_s = time.monotonic() - self._began
+                raise PeerLostError(f"{self.what}, gave up after {waited_s:.2f} s: {missing} did not come")
+            self._pause(min(pause_s, remaining_s(self._deadline)))
+            pause_s = min(2 * pause_s, 0.05)
+            num_here = store.add("here", 0)
+
+    def _build_group(self, store: Any) -> Any:
+        import torch.distributed
+
+        c10d: Any = torch.distributed
         options = c10d.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=remaining_s(deadline))
+        options._timeout = timedelta(seconds=min(_JOIN_S, remaining_s(self._deadline)))
         options._threads = 1
-        options._devices = [c10d.ProcessGroupGloo.create_device(hostname=bind)]
-        group = c10d.ProcessGroupGloo(c10d.PrefixStore("wsync", store), index, len(ends), options)
-    except (RuntimeError, OSError) as error:
-        waited_s = time.monotonic() - began
-        what = f"{own.label} tried to reach {len(ends) - 1} other ends through {store_address}:{store_port}"
-        reason = str(error).splitlines()[0]
-        if time.monotonic() >= deadline - 2 * _RETRY_S:
-            raise DeadlineError(f"{what}, gave up after {waited_s:.2f} s: {reason}") from error
-        raise ConnectError(f"{what} and failed after {waited_s:.2f} s: {reason}") from error
-    return Mesh(group, store, [offer.label for offer in ends])
+        options._devices = [c10d.ProcessGroupGloo.create_device(hostname=self._bind)]
+        return c10d.ProcessGroupGloo(c10d.PrefixStore("wsync", store), self._index, len(self._ends), options)
+
+    def _never_joined(self, store: Any) -> str:
+        """Who neither joined nor said that it failed; empty where that is nobody, or cannot be told."""
+        try:
+            store.set(f"joined/{self._index}", b"")
+            ends = time.monotonic() + _VERDICT_S
+            while (missing := self._without(store, "joined")) and time.monotonic() < ends:
+                self._pause(_RETRY_S)
+            return missing
+        except RuntimeError:
+            return self._ends[0].label  # it holds the store
+
+    def _without(self, store: Any, key: str) -> str:
+        """Labels of the ends that did not set their ``key``."""
+        return ", ".join(offer.label for i, offer in enumerate(self._ends) if not store.check([f"{key}/{i}"]))
+
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise _Abandoned
+
+    def _failed(self, error: Exception) -> Exception:
+        waited_s = time.monotonic() - self._began
+        if time.monotonic() >= self._deadline - 2 * _RETRY_S:
+            return DeadlineError(f"{self.what}, gave up after {waited_s:.2f} s: {_reason(error)}")
+        return ConnectError(f"{self.what} and failed after {waited_s:.2f} s: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsync.errors import PeerLostError
+from wsync.errors import PeerLostError, StateError
 from wsync.transport.buffers import Bytes
 from wsync.transport.waiting import Patience
 
@@ -112,41 +112,64 @@ class _Lane:
 
 
 class Mesh:
-    """The ends of one group, by index: trainer ranks first, then sinks. Calls come from one thread."""
+    """The ends of one group, by index: trainer ranks first, then sinks.
+
+    Calls come from one thread, `close` from any.
+    """
 
     def __init__(self, group: Any, store: Any, labels: Sequence[str]) -> None:
         self._group: Any = group
         self._store: Any = store  # rank 0's is the server
         self._labels = labels
-        self._lanes: dict[tuple[int, str], _Lane] = {}
+        self._lanes: dict[tuple[int, str, str], _Lane] = {}  # peer, direction, name
         self._changed = threading.Condition()
         self._pending: set[Transfer] = set()
+        self._closed = False
 
-    def post_send(self, peer: int, tag: int, message: Message) -> Transfer:
-        """Start sending; the message's memory must not change until it is idle."""
-        return self._post("out", peer, tag, message, None)
+    def post_send(self, peer: int, tag: int, message: Message, lane: str = "") -> Transfer:
+        """Start sending; the message's memory must not change until it is idle.
 
-    def post_receive(self, peer: int, tag: int, message: Message, inbox: deque[Transfer] | None = None) -> Transfer:
-        """Start receiving; the finished transfer (its ``key`` is the tag) is appended to ``inbox``."""
-        return self._post("in", peer, tag, message, inbox)
+        Args:
+            lane: messages of one lane are seen to finish in order of posting; those that may wait for long while
+                others come and go need a lane of their own.
 
-    def _post(self, way: str, peer: int, tag: int, message: Message, inbox: deque[Transfer] | None) -> Transfer:
+        Raises:
+            StateError: the mesh is closed.
+        """
+        return self._post(("out", lane), peer, tag, message, None)
+
+    def post_receive(
+        self, peer: int, tag: int, message: Message, inbox: deque[Transfer] | None = None, lane: str = ""
+    ) -> Transfer:
+        """Start receiving; the finished transfer (its ``key`` is the tag) is appended to ``inbox``. See `post_send`."""
+        return self._post(("in", lane), peer, tag, message, inbox)
+
+    def _post(
+        self, way: tuple[str, str], peer: int, tag: int, message: Message, inbox: deque[Transfer] | None
+    ) -> Transfer:
         transfer = Transfer(peer, tag, inbox)
-        if way == "in":
-            message.transfer = transfer
-        start = self._group.send if way == "out" else self._group.recv
         with self._changed:
+            group = self._group
+            if self._closed or group is None:
+                raise StateError("the transport was closed")
             self._pending.add(transfer)
+        if way[0] == "in":
+            message.transfer = transfer
+        start = group.send if way[0] == "out" else group.recv
         try:
             transfer.work = start([message.tensor], peer, tag)
         except RuntimeError as error:
             transfer.error = _first_line(error)
             self.finish(transfer)
             return transfer
-        lane = self._lanes.get((peer, way))
-        if lane is None:
-            lane = self._lanes[peer, way] = _Lane(self, f"wsync-gloo-{way}-{peer}")
+        with self._changed:
+            lane = self._lanes.get((peer, way[0], way[1]))
+            if lane is None:
+                lane = self._lanes[peer, way[0], way[1]] = _Lane(self, f"wsync-gloo-{way[0]}{way[1]}-{peer}")
+            closed = self._closed
         lane.submit(transfer)
+        if closed:  # while this was posted: nobody else ends the lane
+            lane.submit(None)
         return transfer
 
     def finish(self, transfer: Transfer) -> None:
@@ -160,14 +183,20 @@ class Mesh:
             self._changed.notify_all()
 
     def wait(self, ready: Callable[[], bool], patience: Patience, waited_for: Callable[[], str]) -> None:
-        """Wait until ``ready``, which is called whenever a transfer finished. It may raise."""
+        """Wait until ``ready``, which is called whenever a transfer finished. It may raise.
+
+        Raises:
+            StateError: the mesh was closed meanwhile.
+        """
         while True:
             with self._changed:
-                if ready():
-                    return
-                self._changed.wait(patience.slice_s)
-                if ready():
-                    return
+                for attempt in range(2):
+                    if self._closed:
+                        raise StateError(f"the transport was closed: {waited_for()}")
+                    if ready():
+                        return
+                    if attempt == 0:
+                        self._changed.wait(patience.slice_s)
             patience.check(waited_for)
 
     def wait_for(self, transfer: Transfer, patience: Patience, waited_for: Callable[[], str]) -> None:
@@ -187,6 +216,8 @@ class Mesh:
     def close(self) -> None:
         """End every wait of this group and give it back. Never waits for a peer."""
         with self._changed:
+            self._closed = True
+            self._changed.notify_all()
             works = [transfer.work for transfer in self._pending if transfer.work is not None]
         for work in works:
             # A wait that times out closes the group's connections, which ends all other waits.
@@ -194,11 +225,13 @@ class Mesh:
                 work.wait(timedelta(milliseconds=1))
             except RuntimeError:
                 break
-        for lane in self._lanes.values():
+        with self._changed:
+            lanes = list(self._lanes.values())
+            self._lanes.clear()
+        for lane in lanes:
             lane.submit(None)
-        for lane in self._lanes.values():
+        for lane in lanes:
             lane.thread.join(timeout=2.0)
-        self._lanes.clear()
         works.clear()
         self._group = None
         self._store = None

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from wsync.errors import ConnectError
 from wsync.transport.buffers import Staging
 from wsync.transport.offers import Offer
-from wsync.transport.segments import Segment, SegmentSink, SegmentSource
+from wsync.transport.segment_end import Segment
+from wsync.transport.segments import SegmentSink, SegmentSource
 
 
 class LocalSegment:

@@ -8,142 +8,20 @@ never repeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from wsync.errors import ConfigError, PeerLostError, PlanMismatchError, StateError, TransportError
+from wsync.errors import ConfigError, ConnectError, PeerLostError, PlanMismatchError, StateError, TransportError
 from wsync.plan.types import SinkSlice, SourceSlice
-from wsync.transport.base import Cancelled, Staged
+from wsync.transport.base import Cancelled, Staged, never_cancelled
 from wsync.transport.checks import check_exchange, check_next_version, check_send, check_sink_slice, check_source_slice
-from wsync.transport.offers import OFFER_FORMAT, Offer, decode_offers, encode_offer, host_identity
+from wsync.transport.offers import OFFER_FORMAT, Offer, host_identity
+from wsync.transport.segment_end import F32, Segment, SegmentEnd, SegmentKind
 from wsync.transport.waiting import Patience
 
-F32 = npt.NDArray[np.float32]
 
-LIVENESS_EVERY = 5
-"""Wait slices between two looks at whether the awaited processes live: one costs a system call per peer."""
-
-
-Lost = Callable[[], str | None]
-"""Label of the first awaited peer that is gone."""
-
-
-class Segment(Protocol):
-    """One end of a segment; ``csrc/shm/segment.h`` documents each call."""
-
-    def address(self, bucket_pos: int) -> int: ...
-    def begin(self, version: int) -> None: ...
-    def publish(self, bucket_pos: int, digest: int) -> None: ...
-    def take(self, cursor: int, version: int) -> tuple[int, int] | None: ...
-    def current(self) -> int: ...
-    def exchange(self) -> F32: ...
-    def set_exchange_version(self, version: int) -> None: ...
-    def exchange_version(self) -> int: ...
-    def bell(self) -> int: ...
-    def ring(self) -> None: ...
-    def wait(self, seen: int, seconds: float) -> bool: ...
-    def alive(self) -> bool: ...
-    def close(self) -> None:
-        """The owner ends it; readers find it not alive and keep what they have."""
-
-    def detach(self) -> None:
-        """A reader leaves."""
-
-
-class SegmentKind(Protocol):
-    """Makes and opens segments of one kind."""
-
-    name: str
-
-    def create(self, offer: Offer) -> tuple[Segment, str]:
-        """Create the segment that ``offer`` describes; returns it and its name."""
-
-    def open(self, offer: Offer) -> Segment:
-        """Open the segment of another end."""
-
-
-class _SegmentEnd:
-    """What both ends share: own segment, offers, waiting on the own doorbell."""
-
-    def __init__(self, kind: SegmentKind) -> None:
-        self._kind = kind
-        self._own: Segment | None = None
-        self._offer: Offer | None = None
-        self._opened: list[Segment] = []
-        self._connected = False
-        self._version = 0
-
-    def _prepare(self, offer: Offer) -> bytes:
-        if self._own is not None:
-            raise StateError(f"{offer.label} was prepared twice")
-        self._own, name = self._kind.create(offer)
-        self._offer = msgspec.structs.replace(offer, segment=name)
-        return encode_offer(self._offer)
-
-    @property
-    def own(self) -> Segment:
-        if self._own is None:
-            raise StateError("the transport is not prepared, or closed")
-        return self._own
-
-    @property
-    def offer(self) -> Offer:
-        if self._offer is None:
-            raise StateError("the transport is not prepared")
-        return self._offer
-
-    def _decode(self, source_offers: list[bytes], sink_offers: list[bytes]) -> tuple[list[Offer], list[Offer]]:
-        self.own  # noqa: B018  raises where closed
-        if self._connected:
-            raise StateError(f"{self.offer.label} was connected twice")
-        return decode_offers(self.offer, source_offers, sink_offers)
-
-    def _open(self, other: Offer) -> Segment:
-        if other.host != self.offer.host:
-            raise ConfigError(
-                f"{other.label} and {self.offer.label} share no memory",
-                hint="use the gloo transport between hosts or containers",
-            )
-        segment = self._kind.open(other)
-        self._opened.append(segment)
-        return segment
-
-    def _check_connected(self) -> None:
-        if not self._connected:
-            raise StateError("the transport is not connected, or closed")
-
-    def _wait(
-        self, patience: Patience, ready: Callable[[], bool], waited_for: Callable[[], str], find_lost: Lost
-    ) -> None:
-        """Call ``ready`` after every ring of the own doorbell until it is true."""
-        num_slices = 0
-        while True:
-            seen = self.own.bell()
-            if ready():
-                return
-            patience.check(waited_for)
-            if num_slices % LIVENESS_EVERY == LIVENESS_EVERY - 1 and (lost := find_lost()) is not None and not ready():
-                raise PeerLostError(f"{lost} died or closed its transport: {waited_for()}")
-            self.own.wait(seen, patience.slice_s)
-            num_slices += 1
-
-    def close(self) -> None:
-        """Give everything back; see `SourceEnd.close`."""
-        self._connected = False
-        own, self._own = self._own, None
-        opened, self._opened = self._opened, []
-        if own is not None:
-            own.close()
-        for segment in opened:
-            segment.ring()  # whoever waits looks at once, and finds this end closed
-            segment.detach()
-
-
-class SegmentSource(_SegmentEnd):
+class SegmentSource(SegmentEnd):
     """A trainer rank's end; see `wsync.transport.base.SourceEnd`."""
 
     def __init__(self, kind: SegmentKind) -> None:
@@ -173,17 +51,32 @@ class SegmentSource(_SegmentEnd):
             )
         )
 
-    def connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> None:
+    def connect(
+        self,
+        source_offers: list[bytes],
+        sink_offers: list[bytes],
+        deadline: float,
+        cancelled: Cancelled = never_cancelled,
+    ) -> None:
         sources, sinks = self._decode(source_offers, sink_offers)
+        cancelled()
         for sink in sorted({sink for bucket in self._plan.buckets for sink in bucket.sinks}):
             if sink >= len(sinks):
                 raise ConfigError(f"the plan sends to sink {sink} and there are {len(sinks)} sinks")
-            self._bells[sink] = self._open(sinks[sink])
+            self._bells[sink] = self._open_peer(sinks[sink])
         if self._plan.amax_elements:
             for other in sources:
                 if other.rank != self._plan.rank:
-                    self._peers[other.rank] = (other, self._open(other))
+                    self._peers[other.rank] = (other, self._open_peer(other))
         self._connected = True
+
+    def _open_peer(self, other: Offer) -> Segment:
+        """Open a doorbell or an exchange area, which every end that lives keeps until all have connected."""
+        try:
+            return self._open(other)
+        except ConnectError as error:
+            what = f"{other.label} was lost before {self.offer.label} connected to it: {error.message}"
+            raise PeerLostError(what, hint=error.hint) from error
 
     @property
     def _plan(self) -> SourceSlice:
@@ -198,21 +91,26 @@ class SegmentSource(_SegmentEnd):
         self._version = version
         self._sent.clear()
         self._exchanged = False
+        self._lease.begin(version)
         self.own.begin(version)
 
     def address(self, bucket_pos: int) -> int:
         return self.own.address(bucket_pos)
 
     def exchange_max(self, vector: F32, deadline: float, cancelled: Cancelled) -> None:
-        self._check_connected()
-        check_exchange(self._plan, vector, self._exchanged)
-        self._exchanged = True
+        with self._lease.ending_on_error(self._version):
+            self._check_connected()
+            check_exchange(self._plan, vector, self._exchanged)
+            self._exchanged = True
+            self._run_exchange(vector, Patience(deadline, cancelled))
+
+    def _run_exchange(self, vector: F32, patience: Patience) -> None:
+        pending = dict(self._peers)
         self.own.set_exchange_version(0)
         self.own.exchange()[:] = vector
         self.own.set_exchange_version(self._version)
-        for _, segment in self._peers.values():
+        for _, segment in pending.values():
             segment.ring()
-        pending = dict(self._peers)
 
         def ready() -> bool:
             for rank, (offer, segment) in list(pending.items()):
@@ -227,7 +125,7 @@ class SegmentSource(_SegmentEnd):
         def lost() -> str | None:
             return next((offer.label for offer, segment in pending.values() if not segment.alive()), None)
 
-        self._wait(Patience(deadline, cancelled), ready, waited_for, lost)
+        self._wait(patience, ready, waited_for, lost)
 
     def _merge(self, vector: F32, offer: Offer, segment: Segment) -> bool:
         """Take the peer's part, if it is there."""
@@ -240,20 +138,27 @@ class SegmentSource(_SegmentEnd):
         return False
 
     def send(self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled) -> None:
-        self._check_connected()
-        check_send(self._plan, self._version, self._sent, bucket_pos)
-        self.own.publish(bucket_pos, digest)
-        self._sent.add(bucket_pos)
-        for sink in self._plan.buckets[bucket_pos].sinks:
-            self._bells[sink].ring()
+        with self._lease.ending_on_error(self._version):
+            bells = self._bells  # before the check: `close` takes them away after it makes the check fail
+            self._check_connected()
+            check_send(self._plan, self._version, self._sent, bucket_pos)
+            self.own.publish(bucket_pos, digest)
+            self._sent.add(bucket_pos)
+            for sink in self._plan.buckets[bucket_pos].sinks:
+                bells[sink].ring()
 
     def flush(self, deadline: float, cancelled: Cancelled) -> None:
+        self._lease.end(self._version)
         self._check_connected()
+
+    def lost_sinks(self) -> dict[int, str]:
+        """Nobody: sinks read by themselves, and what they fail to read costs this end nothing."""
+        return {}
 
     def close(self) -> None:
         super().close()
-        self._bells.clear()
-        self._peers.clear()
+        self._bells = {}
+        self._peers = {}
 
 
 class _Feed:
@@ -267,7 +172,7 @@ class _Feed:
         self.num_missing = 0
 
 
-class SegmentSink(_SegmentEnd):
+class SegmentSink(SegmentEnd):
     """An engine rank's end; see `wsync.transport.base.SinkEnd`."""
 
     def __init__(self, kind: SegmentKind) -> None:
@@ -299,8 +204,15 @@ class SegmentSink(_SegmentEnd):
             raise StateError("the transport is not prepared")
         return self._slice
 
-    def connect(self, source_offers: list[bytes], sink_offers: list[bytes], deadline: float) -> None:
+    def connect(
+        self,
+        source_offers: list[bytes],
+        sink_offers: list[bytes],
+        deadline: float,
+        cancelled: Cancelled = never_cancelled,
+    ) -> None:
         sources, _ = self._decode(source_offers, sink_offers)
+        cancelled()
         wanted: dict[int, dict[int, int]] = {}
         places = {(offer.rank, idx): pos for offer in sources for pos, idx in enumerate(offer.buckets)}
         for pos, bucket in enumerate(self._plan.buckets):
@@ -324,6 +236,7 @@ class SegmentSink(_SegmentEnd):
         check_next_version(self.offer.label, self._version, version)
         self._version = version
         self._bytes_done = 0
+        self._lease.begin(version)
         for feed in self._feeds:
             feed.cursor, feed.num_missing = 0, len(feed.wanted)
         return self._arrivals(version, Patience(deadline, cancelled))
@@ -343,13 +256,19 @@ class SegmentSink(_SegmentEnd):
         def lost() -> str | None:
             return next((feed.offer.label for feed in pending if not feed.segment.alive()), None)
 
-        while pending:
-            self._wait(patience, ready, waited_for, lost)
-            pending = [feed for feed in pending if feed.num_missing]
-            for staged in arrived:
-                patience.check(waited_for)
-                yield staged
-            arrived.clear()
+        complete = False
+        try:
+            while pending:
+                self._wait(patience, ready, waited_for, lost)
+                pending = [feed for feed in pending if feed.num_missing]
+                for staged in arrived:
+                    patience.check(waited_for)
+                    yield staged
+                arrived.clear()
+            complete = True
+        finally:
+            if not complete:
+                self._lease.end(version)
 
     def _take(self, feed: _Feed, version: int, arrived: list[Staged]) -> None:
         """Append what the source published since the last look."""
@@ -383,11 +302,12 @@ class SegmentSink(_SegmentEnd):
         )
 
     def release(self, version: int) -> None:
-        """Nothing to give back: the session tells the sources when they may begin again."""
+        """Nothing to give back but the lease: the session tells the sources when they may begin again."""
+        self._lease.end(version)
 
     def close(self) -> None:
         super().close()
-        self._feeds.clear()
+        self._feeds = []
 
 
 def _moved_on(offer: Offer, segment: Segment, what: str) -> TransportError:

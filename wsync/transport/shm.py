@@ -11,7 +11,8 @@ from typing import Any
 
 from wsync.native import load_extension
 from wsync.transport.offers import Offer
-from wsync.transport.segments import Segment, SegmentSink, SegmentSource
+from wsync.transport.segment_end import Segment
+from wsync.transport.segments import SegmentSink, SegmentSource
 
 
 class ShmSegments:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from wsync.adapters.engines.live import LiveStorage
-from wsync.adapters.engines.standins import Constant, Conversion, Landing, Part
-from wsync.adapters.engines.strided import box_runs, dense_span
+from wsync.adapters.engines.standins import Constant, Conversion, Initial, Landing, Part
+from wsync.adapters.engines.strided import Axis, box_runs, dense_span
 from wsync.errors import DtypeMismatchError, RecordError
 from wsync.spec.manifest import CopySpec
 
@@ -40,13 +40,18 @@ class LiveConstant(NamedTuple):
     dst_strides: tuple[int, ...]
     value: torch.Tensor
 
+    def write(self, target: torch.Tensor) -> None:
+        """Write it into a flat view of its storage."""
+        offset = int(target.storage_offset()) + self.dst_offset
+        target.as_strided(self.shape, self.dst_strides, offset).copy_(self.value)
+
 
 class Arrivals(NamedTuple):
     """What ends up in one live storage.
 
     Attributes:
         copies: from checkpoint tensors, each element of the storage at most once.
-        constants: in order of time, to be written before the copies.
+        constants: elements that no copy writes, and each of them once.
         covered: elements that the copies write.
         constant: elements that keep a constant.
         raw: tensors that arrive in the trainer's own f32 instead of its rounding to bf16.
@@ -72,6 +77,8 @@ def arrivals_in(storage_idx: int, storage: LiveStorage, landings: Sequence[Landi
     raw: set[str] = set()
     covered = constant = 0
     for landing, elements in kept:
+        if isinstance(landing.source, Initial):
+            continue
         shape, strides = tuple(a.extent for a in landing.axes), tuple(a.far for a in landing.axes)
         if isinstance(landing.source, Constant):
             constant += elements
@@ -117,15 +124,55 @@ def _surviving_by_element(storage: LiveStorage, landings: Sequence[Landing]) -> 
     counts = np.bincount(owner[owner >= 0], minlength=len(landings))
     kept = []
     for i, landing in enumerate(landings):
-        elements = int(np.prod([a.extent for a in landing.axes], dtype=np.int64))
-        if isinstance(landing.source, Part) and 0 < counts[i] < elements:
+        elements, left = _num_elements(landing), int(counts[i])
+        if isinstance(landing.source, Part) and 0 < left < elements:
             raise RecordError(
                 f"the loader writes {landing.source.part.name!r} into the engine's {storage.names[0]!r} and then "
-                f"overwrites {elements - int(counts[i])} of its {elements} elements"
+                f"overwrites {elements - left} of its {elements} elements"
             )
-        if counts[i]:
-            kept.append((landing, int(counts[i])))
+        if isinstance(landing.source, Constant) and 0 < left < elements:
+            kept.extend(_left_of_constant(landing, landing.source.value, np.flatnonzero(owner == i), storage))
+        elif left:
+            kept.append((landing, left))
     return kept
+
+
+def _num_elements(landing: Landing) -> int:
+    return int(np.prod([a.extent for a in landing.axes], dtype=np.int64))
+
+
+def _left_of_constant(
+    landing: Landing, value: torch.Tensor, left: np.ndarray[Any, np.dtype[np.int64]], storage: LiveStorage
+) -> list[tuple[Landing, int]]:
+    """The elements of a constant that later writes left, as rows of equal length and distance where they are such."""
+    values = torch.empty(storage.num_elements if value.dim() else 0, dtype=storage.dtype)
+    if value.dim():
+        shape, strides = [a.extent for a in landing.axes], [a.far for a in landing.axes]
+        values.as_strided(shape, strides, landing.far_offset).copy_(value)
+    breaks = np.flatnonzero(np.diff(left) != 1) + 1
+    starts = left[np.concatenate(([0], breaks))]
+    lengths = np.diff(np.concatenate(([0], breaks, [len(left)])))
+    longer, gaps = _changes(lengths), _changes(np.diff(starts)) + 1
+    found: list[tuple[Landing, int]] = []
+    first = 0
+    while first < len(starts):
+        ends = (
+            *longer[np.searchsorted(longer, first, "right") :][:1],
+            *gaps[np.searchsorted(gaps, first + 1, "right") :][:1],
+        )
+        end = int(min(ends, default=len(starts)))
+        count, length, offset = end - first, int(lengths[first]), int(starts[first])
+        pitch = int(starts[first + 1]) - offset if count > 1 else 0
+        inside = values.as_strided((count, length), (pitch, 1), offset).clone() if value.dim() else value
+        axes = (Axis(count, 0, pitch), Axis(length, 0, 1))
+        found.append((Landing(Constant(inside), 0, offset, axes, ()), count * length))
+        first = end
+    return found
+
+
+def _changes(values: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The indices at which a value differs from the one before."""
+    return np.flatnonzero(np.diff(values)) + 1
 
 
 def _arrives_raw(part: Part, conversions: tuple[Conversion, ...], storage: LiveStorage) -> bool:

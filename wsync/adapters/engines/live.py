@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from wsync.errors import ConfigError, DtypeMismatchError, StateError
 from wsync.plan.program import StorageMemory
 from wsync.spec.dtypes import ITEMSIZE
+
+_AGAIN = "create the Sink again; captured graphs and recorded copies both hold the old address"
+
+
+class Placed(NamedTuple):
+    """Where a tensor lies and how."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Placed:
+        """Of a tensor as it is now."""
+        return cls(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"at address {self.address:#x} ({_dtype_name(self.dtype)} of shape {self.shape}, strides {self.strides})"
 
 
 class LivePlace(NamedTuple):
@@ -81,18 +101,46 @@ class LiveMemory:
         self.storages = sorted(by_address, key=lambda s: position[s.names[0]])
         indices = {id(s): i for i, s in enumerate(self.storages)}
         self._index_at = [indices[id(s)] for s in by_address]
-        self._addresses = [(name, t, t.data_ptr()) for name, t in self.tensors.items()]
+        self._places = {name: Placed.of(tensor) for name, tensor in self.tensors.items()}
+        for storage in self.storages:
+            storage.total = self._addressed(storage)
+        self._flat = [self._view_of(storage) for storage in self.storages]
         self._owned = {t.untyped_storage().data_ptr(): name for name, t in self.tensors.items() if t.numel()}
 
     def memory(self) -> list[StorageMemory]:
         """Where each storage lies."""
         return [StorageMemory(s.address, s.num_elements, _dtype_name(s.dtype)) for s in self.storages]
 
+    def flat(self, storage_idx: int) -> torch.Tensor:
+        """The memory of a storage as a flat tensor `[num_elements]` of its dtype."""
+        return self._flat[storage_idx]
+
     def owner(self, tensor: torch.Tensor) -> str | None:
-        """The name of a live tensor whose memory ``tensor`` is a view of, or None."""
-        owned = self._owned.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-        place = self.place(tensor) if owned is not None else None
-        return owned if place is None else self.storages[place.storage_idx].names[0]
+        """The name of a live tensor whose memory ``tensor`` overlaps, or None."""
+        if not tensor.numel() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            return None
+        start = tensor.data_ptr()
+        end = start + _reach(tensor) * tensor.element_size()
+        # By address: one allocation may be known to torch as several storages.
+        below = bisect.bisect_right(self._starts, start) - 1
+        for position in (below, below + 1):
+            if 0 <= position < len(self._starts):
+                storage = self.storages[self._index_at[position]]
+                if storage.address < end and start < storage.end:
+                    return storage.names[0]
+        return None
+
+    def neighbour(self, tensor: torch.Tensor) -> str | None:
+        """The name of a live tensor in the same allocation, or None."""
+        return self._owned.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+
+    def shape_of(self, storage: LiveStorage) -> tuple[int, ...]:
+        """The shape of a tensor that is the whole storage, or the storage as a flat one."""
+        for name in storage.names:
+            tensor = self.tensors[name]
+            if tensor.numel() == storage.num_elements and tensor.is_contiguous():
+                return tuple(tensor.shape)
+        return (storage.num_elements,)
 
     def place(self, tensor: torch.Tensor) -> LivePlace | None:
         """Where a view lies, or None where it reaches outside of every live tensor."""
@@ -102,25 +150,69 @@ class LiveMemory:
         storage_idx = self._index_at[below]
         storage = self.storages[storage_idx]
         offset, misaligned = divmod(tensor.data_ptr() - storage.address, storage.dtype.itemsize)
-        reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         same_size = tensor.element_size() == storage.dtype.itemsize
-        if misaligned or not same_size or offset + reach > storage.num_elements:
+        if misaligned or not same_size or offset + _reach(tensor) > storage.num_elements:
             return None
         return LivePlace(storage_idx, offset)
 
-    def check_addresses(self) -> None:
-        """Check that every live tensor is still where it was.
+    def check_addresses(self, current: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Check that every live tensor is still where it was, and what it was.
+
+        Args:
+            current: the engine's live tensors by name as they are now. Without it only the tensors that were recorded
+                are looked at, and one that the engine has since replaced by another is not noticed.
 
         Raises:
-            StateError: one was moved or freed; the message names it.
+            StateError: one was moved, freed, replaced, added or removed; the message names it and both values.
         """
-        for name, tensor, address in self._addresses:
-            now = tensor.data_ptr()
-            if now != address:
+        tensors = self.tensors if current is None else current
+        if tensors.keys() != self._places.keys():
+            raise StateError(
+                f"{len(self._places)} live tensors of the engine were recorded and it has {len(tensors)} now: new are "
+                f"{_listed(set(tensors) - set(self._places))}, gone are {_listed(set(self._places) - set(tensors))}",
+                hint=_AGAIN,
+            )
+        for name, placed in self._places.items():
+            now = Placed.of(tensors[name])
+            if now != placed:
                 raise StateError(
-                    f"the engine's {name!r} was at address {address:#x} when it was recorded and is at {now:#x} now",
-                    hint="create the Sink again; captured graphs and recorded copies both hold the old address",
+                    f"the engine's {name!r} was {placed} when it was recorded and is {now} now", hint=_AGAIN
                 )
+
+    def _view_of(self, storage: LiveStorage) -> torch.Tensor:
+        # Of a tensor whose allocation reaches over the whole storage; made once, as tensors may be moved later.
+        tensors = [self.tensors[name].detach() for name in storage.names]
+        tensor = max(tensors, key=lambda t: t.untyped_storage().data_ptr() + t.untyped_storage().nbytes())
+        offset = (storage.address - tensor.untyped_storage().data_ptr()) // tensor.element_size()
+        return tensor.as_strided((storage.num_elements,), (1,), offset)
+
+    def _addressed(self, storage: LiveStorage) -> int:
+        """Elements of a storage that belong to one of its tensors."""
+        tensors = [self.tensors[name] for name in storage.names]
+        if any(_is_whole(t, storage) for t in tensors):
+            return storage.num_elements
+        if len({self._places[name] for name in storage.names}) == 1:
+            return tensors[0].numel()
+        belongs = np.zeros(storage.num_elements, dtype=np.bool_)
+        for t in tensors:
+            offset = (t.data_ptr() - storage.address) // t.element_size()
+            np.lib.stride_tricks.as_strided(belongs[offset:], t.shape, t.stride())[...] = True
+        return int(np.count_nonzero(belongs))
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = sorted(names)
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(map(repr, found[:3])) + more if found else "none"
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Elements from a tensor's first one up to the end of its last one."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+
+
+def _is_whole(tensor: torch.Tensor, storage: LiveStorage) -> bool:
+    return tensor.numel() == storage.num_elements and _reach(tensor) == storage.num_elements
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -137,12 +229,13 @@ def _span(name: str, tensor: torch.Tensor) -> LiveStorage:
     dtype = _dtype_name(tensor.dtype)
     if dtype not in ITEMSIZE:
         raise DtypeMismatchError(f"the engine's {name!r} is {dtype}, which is not one of the dtypes that wsync moves")
-    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     if tensor.numel() > 1 and any(s == 0 < n - 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ConfigError(
             f"the engine's {name!r} of shape {tuple(tensor.shape)} and strides {tensor.stride()} overlaps itself"
         )
-    return LiveStorage([name], tensor.dtype, tensor.data_ptr(), reach, tensor.numel(), isinstance(tensor, nn.Parameter))
+    return LiveStorage(
+        [name], tensor.dtype, tensor.data_ptr(), _reach(tensor), tensor.numel(), isinstance(tensor, nn.Parameter)
+    )
 
 
 def _join(storage: LiveStorage, span: LiveStorage) -> None:
@@ -151,9 +244,6 @@ def _join(storage: LiveStorage, span: LiveStorage) -> None:
         names = f"{storage.names[0]!r} and {span.names[0]!r}"
         raise DtypeMismatchError(f"the engine's {names} share memory, but are {storage.dtype} and {span.dtype}")
     end = max(storage.end, span.end)
-    # Which elements partly overlapping tensors address together is not worked out: then it counts as gapless.
-    grown = end > storage.end
-    storage.total = (end - storage.address) // span.dtype.itemsize if grown else max(storage.total, span.total)
     storage.num_elements = (end - storage.address) // span.dtype.itemsize
     storage.names.extend(span.names)
     storage.is_parameter |= span.is_parameter

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from wsync.adapters.engines.dispatch import LoaderRecorder
 from wsync.adapters.engines.events import Arrivals, LiveConstant, arrivals_in
+from wsync.adapters.engines.keeping import kept
 from wsync.adapters.engines.live import LiveMemory
-from wsync.adapters.engines.standins import Landing, Part, stand_in_for
+from wsync.adapters.engines.standins import Landing, Part, StandIn, stand_in_for
+from wsync.adapters.engines.values import ValueGuard
 from wsync.errors import DtypeMismatchError, MissingTensorError, RecordError, WsyncError
 from wsync.plan.program import StorageMemory
 from wsync.spec.manifest import CopySpec, RankInfo, SinkRankManifest, StorageSpec, TensorSpec
@@ -95,6 +99,9 @@ class Recording:
         constants: what the loader sets itself, in order; not written by a sync.
         coverage: what is covered and what is not.
         memory: where each storage lies.
+        needs_verification: something arrives in live memory otherwise than straight from a view of a checkpoint tensor
+            or as a number in the loader's code: through memory that the loader allocated, through other live memory,
+            as a value read by ``item()``, or as a tensor of the loader's own. Then use `verify_recording`.
     """
 
     recipes: dict[str, str]
@@ -104,35 +111,48 @@ class Recording:
     constants: tuple[LiveConstant, ...]
     coverage: Coverage
     memory: list[StorageMemory]
+    needs_verification: bool
     _live: LiveMemory = field(repr=False)
+    _live_idx: tuple[int, ...] = field(repr=False)
+    _module: nn.Module | None = field(repr=False, default=None)
 
     def manifest(self, replica: str, rank: int, world_size: int, info: RankInfo) -> SinkRankManifest:
         """The manifest of this engine rank."""
         return SinkRankManifest(replica, rank, world_size, info, dict(self.recipes), self.storages, self.copies)
 
-    def check_addresses(self) -> None:
-        """Check that the engine's tensors are where they were.
+    def check_addresses(self, current: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Check that the engine's tensors are where they were, and what they were.
+
+        Args:
+            current: the engine's live tensors by name, as they are now. Only with it a parameter is noticed that the
+                engine replaced by another one.
 
         Raises:
-            StateError: one was moved or freed; the message names it.
+            StateError: one was moved, freed, replaced, added or removed; the message names it and both values.
         """
-        self._live.check_addresses()
+        self._live.check_addresses(current)
+
+    def live_views(self) -> list[tuple[str, torch.Tensor, int | None]]:
+        """Every piece of live memory: the name of a tensor in it, its flat view, its storage index if it is written."""
+        recorded = {live_idx: i for i, live_idx in enumerate(self._live_idx)}
+        return [(s.names[0], self._live.flat(i), recorded.get(i)) for i, s in enumerate(self._live.storages)]
+
+    def kept(self) -> AbstractContextManager[None]:
+        """A context after which the engine's tensors are where they were before."""
+        return kept(self._live.tensors, self._module)
 
     def storage_view(self, storage_idx: int) -> torch.Tensor:
         """The live memory of a storage as a flat tensor `[num_elements]` of its dtype."""
-        spec = self.storages[storage_idx]
-        tensor = self._live.tensors[spec.name].detach()
-        offset = (self.memory[storage_idx].address - tensor.untyped_storage().data_ptr()) // tensor.element_size()
-        return tensor.as_strided((spec.num_elements,), (1,), offset)
+        return self._live.flat(self._live_idx[storage_idx])
 
     @torch.no_grad()
     def write_constants(self) -> None:
-        """Set what the loader sets itself (padding to zero), for an engine that never loaded a checkpoint."""
-        for c in self.constants:
-            self.storage_view(c.storage_idx).as_strided(c.shape, c.dst_strides, self._offset(c)).copy_(c.value)
+        """Set what the loader sets itself (padding to zero), for an engine that never loaded a checkpoint.
 
-    def _offset(self, constant: LiveConstant) -> int:
-        return int(self.storage_view(constant.storage_idx).storage_offset()) + constant.dst_offset
+        Touches no element that the copies write, so that it may run before or after them.
+        """
+        for c in self.constants:
+            c.write(self.storage_view(c.storage_idx))
 
 
 def default_recipe(spec: TensorSpec) -> str:
@@ -159,6 +179,7 @@ def record_loader(
     recipes: Recipes | None,
     *,
     allow_missing: Collection[str] = (),
+    module: nn.Module | None = None,
 ) -> Recording:
     """Run an engine's loader on stand-ins and record every copy into live memory. No live byte changes.
 
@@ -172,6 +193,9 @@ def record_loader(
         params: live parameters and buffers by the engine's names; they must stay where they are.
         recipes: by checkpoint name, or a function of the tensor; None is the default for all.
         allow_missing: live parameters that the loader need not fill.
+        module: holds the live tensors. Where it is given, what the loader puts in their place is taken out again.
+
+    Live tensors have their own memory again when this returns or raises.
 
     Raises:
         RecordError: the loader did something that cannot be recorded as copies, or failed; names operation and tensor.
@@ -188,14 +212,16 @@ def record_loader(
         for part in recipe_parts(spec.name, spec.shape, spec.dtype, recipe)
     ]
     recorder = LoaderRecorder(live)
-    _run(load_weights, parts, recorder)
-    live.check_addresses()
-    by_storage: list[list[Landing]] = [[] for _ in live.storages]
-    for event in recorder.events:
-        by_storage[event.place.storage_idx].extend(event.landings)
+    with kept(live.tensors, module):
+        _run(load_weights, parts, recorder)
+        live.check_addresses()
+        if module is not None:
+            _check_held(live, module)
+    by_storage = recorder.memory.landings
     used = {landing.source.spec.name for found in by_storage for landing in found if isinstance(landing.source, Part)}
     unused = tuple(spec.name for spec in name_table if spec.name not in used)
-    return _assemble(live, by_storage, parts, unused, set(allow_missing))
+    found = _assemble(live, by_storage, parts, unused, set(allow_missing))
+    return replace(found, needs_verification=recorder.memory.indirect, _module=module)
 
 
 def _run(load_weights: LoadWeights, parts: Sequence[Part], recorder: LoaderRecorder) -> None:
@@ -207,14 +233,25 @@ def _run(load_weights: LoadWeights, parts: Sequence[Part], recorder: LoaderRecor
             offered = part.part.name
             yield part.part.name, stand_in_for(part)
 
+    guard = ValueGuard(recorder.memory)
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), recorder, guard:
             load_weights(stand_ins())
-        recorder.check_scalars()
+        guard.check_scalars()
     except WsyncError:
         raise
     except Exception as e:
         raise RecordError(f"the engine's loader failed at or before {offered!r}: {type(e).__name__}: {e}") from e
+
+
+def _check_held(live: LiveMemory, module: nn.Module) -> None:
+    """Refuse a loader that put a stand-in where a module holds a tensor."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, StandIn):
+            raise RecordError(
+                f"the loader replaces the engine's {name!r} by a tensor of the checkpoint; it must be written in place",
+                hint="copy into the parameter instead: param.data.copy_(tensor)",
+            )
 
 
 def _assemble(
@@ -254,7 +291,9 @@ def _assemble(
         constants=tuple(c._replace(storage_idx=renumbered[i]) for i in written for c in arrivals[i].constants),
         coverage=coverage,
         memory=[memory[i] for i in written],
+        needs_verification=True,
         _live=live,
+        _live_idx=tuple(written),
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from wsync.adapters.engines.events import LiveConstant
 from wsync.adapters.engines.recorder import LoadWeights, Recording
 from wsync.errors import RecordError
-from wsync.spec.manifest import TensorSpec
+from wsync.spec.manifest import CopySpec, TensorSpec
 from wsync.spec.recipes import recipe_parts
 
 _NUM_CODES = 113
@@ -36,36 +38,51 @@ def replay(recording: Recording, part_of: Callable[[str, str], torch.Tensor], ta
         part_of: gives the part of a checkpoint name and a role (``"weight"`` or ``"scale"``).
         targets: a flat tensor for each storage of the recording.
     """
-    for constant in recording.constants:
-        target = targets[constant.storage_idx]
-        offset = int(target.storage_offset()) + constant.dst_offset
-        target.as_strided(constant.shape, constant.dst_strides, offset).copy_(constant.value)
-    for c in recording.copies:
+    for storage_idx, target in enumerate(targets):
+        constants = [c for c in recording.constants if c.storage_idx == storage_idx]
+        _replay(target, constants, [c for c in recording.copies if c.storage_idx == storage_idx], part_of)
+
+
+def _replay(
+    target: torch.Tensor,
+    constants: Iterable[LiveConstant],
+    copies: Iterable[CopySpec],
+    part_of: Callable[[str, str], torch.Tensor],
+) -> None:
+    start = int(target.storage_offset())
+    for constant in constants:
+        constant.write(target)
+    for c in copies:
         source = part_of(c.tensor, c.role)
-        for dim, (start, extent) in enumerate(zip(c.box.offset, c.box.shape, strict=True)):
-            source = source.narrow(dim, start, extent)
-        target = targets[c.storage_idx]
-        place = target.as_strided(c.box.shape, c.dst_strides, int(target.storage_offset()) + c.dst_offset)
+        for dim, (first, extent) in enumerate(zip(c.box.offset, c.box.shape, strict=True)):
+            source = source.narrow(dim, first, extent)
+        place = target.as_strided(c.box.shape, c.dst_strides, start + c.dst_offset)
         place.view(_BITS[place.element_size()]).copy_(source.view(_BITS[source.element_size()]))
 
 
 @torch.no_grad()
 def verify_recording(recording: Recording, load_weights: LoadWeights, name_table: Sequence[TensorSpec]) -> None:
-    """Run the loader on coded values, compare with the recorded copies, and restore the live bytes.
+    """Run the loader on coded values, compare with the recorded copies, and restore every live byte.
 
-    The engine must not generate meanwhile. Takes memory for two more copies of the live weights.
+    The engine must not generate meanwhile. Takes memory for one more copy of the live weights and buffers, and for one
+    more storage. Live memory has its bytes and its addresses again when this returns or raises.
 
     Raises:
         RecordError: live bytes differ; names the live tensor and how many bytes of it.
     """
-    live = [recording.storage_view(i) for i in range(len(recording.storages))]
-    before = [t.clone() for t in live]
+    views = recording.live_views()
+    before = [live.clone() for _, live, _ in views]
     try:
-        load_weights(_coded_checkpoint(recording, name_table))
-        after = [t.clone() for t in live]
+        with recording.kept():
+            load_weights(_coded_checkpoint(recording, name_table))
+        _compare(recording, name_table, before)
     finally:
-        for target, saved in zip(live, before, strict=True):
-            target.copy_(saved)
+        for (_, live, _), saved in zip(views, before, strict=True):
+            _bytes(live).copy_(_bytes(saved))
+
+
+def _compare(recording: Recording, name_table: Sequence[TensorSpec], before: Sequence[torch.Tensor]) -> None:
+    """Check that live memory is what was there before, with the recorded copies executed."""
     specs = {spec.name: spec for spec in name_table}
 
     def part_of(name: str, role: str) -> torch.Tensor:
@@ -73,14 +90,22 @@ def verify_recording(recording: Recording, load_weights: LoadWeights, name_table
         parts = recipe_parts(spec.name, spec.shape, spec.dtype, recording.recipes[name])
         return next(coded_tensor(p.name, p.shape, p.dtype) for p in parts if p.role == role)
 
-    replay(recording, part_of, before)
-    for storage, loaded, replayed in zip(recording.storages, after, before, strict=True):
-        different = int((loaded.view(torch.uint8) != replayed.view(torch.uint8)).sum())
-        if different:
+    copies: dict[int | None, list[CopySpec]] = defaultdict(list)
+    for c in recording.copies:
+        copies[c.storage_idx].append(c)
+    for (name, live, storage_idx), saved in zip(recording.live_views(), before, strict=True):
+        expected = saved.clone()
+        constants = [c for c in recording.constants if c.storage_idx == storage_idx]
+        _replay(expected, constants, copies[storage_idx], part_of)
+        if different := int((_bytes(live) != _bytes(expected)).sum()):
             raise RecordError(
-                f"the recorded copies and the engine's loader leave different bytes in {storage.name!r}: "
-                f"{different} of {loaded.numel() * loaded.element_size()}"
+                f"the recorded copies and the engine's loader leave different bytes in {name!r}: "
+                f"{different} of {live.numel() * live.element_size()}"
             )
+
+
+def _bytes(flat: torch.Tensor) -> torch.Tensor:
+    return flat.view(torch.uint8)
 
 
 def _coded_checkpoint(recording: Recording, name_table: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:

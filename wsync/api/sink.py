@@ -1,0 +1,285 @@
+"""`Sink`: an engine rank's live memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from wsync.adapters.engines.recorder import Recording, record_loader
+from wsync.adapters.engines.verify import verify_recording
+from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
+from wsync.api.live import LoadWeights, live_tensors, load_by_name
+from wsync.errors import ConfigError, DeadlineError, MissingTensorError, StateError, WsyncError
+from wsync.session.auth import derive_keys, load_secret
+from wsync.session.channel import PEER_TIMEOUT_S, Channel
+from wsync.session.clock import local_info
+from wsync.session.sink import SinkSession, Ticket
+from wsync.spec.manifest import SinkRankManifest, TensorSpec
+from wsync.transport import open_sink
+
+if TYPE_CHECKING:
+    from wsync.plan.program import StorageMemory
+
+_BACKGROUND_S = 5.0
+_BACKGROUND_PAUSE_S = 0.2
+_CLOSE_S = 5.0
+
+Recipes = Mapping[str, str] | Callable[[TensorSpec], str]
+
+
+class Sink:
+    """One engine rank's live memory. The call returns when the trainer knows what this rank needs.
+
+    Args:
+        engine_model: a module, a dict of live tensors, or an object with ``live_tensors()``.
+        load_weights: the engine's own loader, called once on stand-ins that carry no data; None copies by name. A
+            loader that moves weights through memory of its own runs a second time, on coded values, to compare; every
+            live byte is restored, and the engine must not generate meanwhile.
+        store, key_file: as for `Source`.
+        replica: name of the replica that this rank belongs to.
+        rank, world_size: within the replica.
+        mode: ``"staged"``.
+        recipes: recipe of each tensor: a dict by checkpoint name, or a function of `TensorSpec`; None asks the
+            engine's ``recipe_for`` where it has one, and otherwise copies.
+        allow_missing: live tensors that the loader does not fill on purpose.
+        num_threads: of the verify and install kernels; None divides this process's cores among the replica's ranks.
+        join_deadline_s: seconds to wait for the trainer.
+        peer_timeout_s: silence after which the trainer counts as lost.
+
+    Raises:
+        ConfigError: bad arguments; `RecordError` where the loader does not copy; `UnknownTensorError`,
+            `MissingTensorError`, `ShapeMismatchError`, `DtypeMismatchError` where engine and trainer hold different
+            models.
+        ConnectError: no store there, or the key is refused.
+        DeadlineError: the trainer did not describe itself in time.
+
+    Threads: `prepare` may run on any one thread (`start` makes one); `commit` belongs on the engine's thread, between
+    steps, on every rank of the replica at the same step.
+    """
+
+    def __init__(
+        self,
+        engine_model: Any,
+        load_weights: LoadWeights | None = None,
+        *,
+        store: str,
+        key_file: str | os.PathLike[str] | None = None,
+        replica: str = "engine-0",
+        rank: int = 0,
+        world_size: int = 1,
+        mode: str = "staged",
+        recipes: Recipes | None = None,
+        allow_missing: Iterable[str] = (),
+        num_threads: int | None = None,
+        join_deadline_s: float = 60.0,
+        peer_timeout_s: float = PEER_TIMEOUT_S,
+    ) -> None:
+        check_store(store)
+        if mode != "staged":
+            raise ConfigError(f"mode must be 'staged', got {mode!r}")
+        if not replica or "/" in replica:
+            raise ConfigError(f"replica must be a name without '/', got {replica!r}")
+        self.replica = replica
+        self.rank, self.world_size = rank_and_world(rank, world_size)
+        tensors = live_tensors(engine_model)
+        self._engine = engine_model
+        self._load_weights = load_weights or load_by_name(tensors)
+        self._tensors = tensors
+        self._recipes = recipes if recipes is not None else getattr(engine_model, "recipe_for", None)
+        self._allow_missing = tuple(allow_missing)
+        self._info = local_info()
+        self._recording: Recording | None = None
+        self._ready: Ticket | None = None
+        self._background_error: WsyncError | None = None
+        self._last_error: WsyncError | None = None
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        keys = derive_keys(load_secret(key_file))
+        channel = Channel(store, keys, f"{replica}/{self.rank}", peer_timeout_s=peer_timeout_s)
+        try:
+            self._session = SinkSession(
+                channel,
+                self._describe,
+                open_sink,
+                replica=replica,
+                rank=self.rank,
+                world_size=self.world_size,
+                info=self._info,
+                num_threads=share_of_cores(num_threads, self.world_size),
+                join_deadline_s=join_deadline_s,
+                first_install=self._write_constants,
+            )
+        except BaseException:
+            channel.close()
+            raise
+        close_at_exit(self)
+
+    def _describe(self, tensors: tuple[TensorSpec, ...]) -> tuple[SinkRankManifest, list[StorageMemory]]:
+        module = self._engine if isinstance(self._engine, nn.Module) else None
+        self._recording = record_loader(
+            self._load_weights,
+            tensors,
+            self._tensors,
+            self._recipes or {},
+            allow_missing=self._allow_missing,
+            module=module,
+        )
+        if self._recording.needs_verification:
+            verify_recording(self._recording, self._load_weights, tensors)
+        forgotten = sorted(set(self._recording.coverage.not_loaded) - set(self._allow_missing))
+        if forgotten:
+            raise MissingTensorError(
+                f"the engine has {', '.join(map(repr, forgotten[:5]))}, which no tensor of the trainer fills "
+                f"({len(forgotten)} of {len(self._tensors)} live tensors)",
+                hint="load the same model on both sides, or name them in allow_missing",
+            )
+        manifest = self._recording.manifest(self.replica, self.rank, self.world_size, self._info)
+        return manifest, self._recording.memory
+
+    def _write_constants(self) -> None:
+        """What the loader itself sets (zeros in padding), for engines that never loaded a checkpoint."""
+        if self._recording is not None:
+            self._recording.write_constants()
+
+    # ---- what is served
+
+    @property
+    def version(self) -> int | None:
+        """The version that live memory holds; None before the first commit and while poisoned."""
+        return self._session.version
+
+    @property
+    def state(self) -> str:
+        """``"serving"``, ``"prepared"`` or ``"poisoned"``."""
+        return self._session.state
+
+    @property
+    def recording(self) -> Recording | None:
+        """What the loader was seen to do, with its coverage."""
+        return self._recording
+
+    @property
+    def last_error(self) -> WsyncError | None:
+        """Why the background thread could not stage a version, the last time that it could not."""
+        return self._last_error
+
+    @property
+    def last_pause_s(self) -> float:
+        """Seconds that the last `commit` took on this rank: decision, install, confirmation."""
+        return self._session.last_pause_s
+
+    # ---- prepare and commit
+
+    def prepare(self, deadline_s: float = 60.0) -> Ticket:
+        """Wait for the next version, stage it and verify its digests. The old version keeps serving.
+
+        Raises:
+            DeadlineError: no version came, or it did not arrive in time. The old version serves.
+            DigestError: staged bytes differ from what was published. The old version serves.
+            PeerLostError: the trainer is gone. The old version serves.
+            WsyncError: what ended the publish at the trainer, such as `NonFiniteError`. The old version serves.
+            StateError: a version is prepared already, or `start` does this in the background.
+        """
+        if self._thread is not None:
+            raise StateError("prepare() after start(): take tickets with poll()")
+        return self._session.prepare(deadline_s)
+
+    def commit(self, ticket: Ticket) -> None:
+        """Make live memory the ticket's version, in place, on the calling thread.
+
+        Returns when every rank of the replica has installed: it may serve.
+
+        Raises:
+            CommitError: ``replicas`` says whether the old version serves or the replica is poisoned.
+            DigestError: what was installed is not what was published: poisoned.
+            StateError: the ticket is not the one that is prepared.
+        """
+        try:
+            self._check_memory(ticket)
+            self._session.commit(ticket)
+        finally:
+            if not self._session.holds(ticket):
+                with self._wake:
+                    self._ready = None
+                    self._wake.notify_all()
+
+    def _check_memory(self, ticket: Ticket) -> None:
+        """The engine's tensors must still be those that were recorded: a replaced one would never be written again."""
+        try:
+            if self._recording is not None:
+                self._recording.check_addresses(live_tensors(self._engine))
+        except StateError as e:
+            self._session.reject(ticket, e)
+            raise
+
+    # ---- in the background
+
+    def start(self) -> None:
+        """Prepare versions on a thread of this Sink; the engine takes tickets with `poll`."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._prepare_forever, name=f"wsync-{self.replica}", daemon=True)
+            self._thread.start()
+
+    def poll(self) -> Ticket | None:
+        """The ticket that is ready to commit, or None. Never blocks.
+
+        Errors of single versions (a publish that failed, a trainer that is gone) are in `last_error`; the thread goes
+        on.
+
+        Raises:
+            WsyncError: the error that ended the background thread.
+        """
+        with self._wake:
+            if self._background_error is not None:
+                raise self._background_error
+            return self._ready
+
+    def _prepare_forever(self) -> None:
+        while not self._stopping:
+            try:
+                ticket = self._session.prepare(_BACKGROUND_S)
+            except DeadlineError:
+                continue
+            except WsyncError as e:
+                if self._session.is_over:
+                    return self._end_background(e)
+                self._last_error = e
+                time.sleep(_BACKGROUND_PAUSE_S)  # a fault that comes at once must not keep a core busy
+                continue
+            except BaseException as e:
+                return self._end_background(WsyncError(f"prepare failed: {type(e).__name__}: {e}"))
+            with self._wake:
+                self._ready = ticket
+                self._wake.wait_for(lambda: self._ready is None or self._stopping)
+
+    def close(self) -> None:
+        """Leave. Live memory stays as it is. May be called twice."""
+        self._stopping = True
+        with self._wake:
+            self._wake.notify_all()
+        self._session.leave()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=_CLOSE_S)
+            if self._thread.is_alive():
+                return  # it still reads staging, which goes with the process
+        self._session.close()
+
+    def _end_background(self, error: WsyncError) -> None:
+        with self._wake:
+            if not self._stopping:
+                self._background_error = error
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
