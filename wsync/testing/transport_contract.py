@@ -92,11 +92,12 @@ class TransportContract(SicknessContract):
         plan = hand_plan(num_sources=2, num_sinks=2, buckets_per_source=8, bucket_bytes=1 << 20, amax_elements=1000)
         vectors = [tuple(float(i % 7) for i in range(1000))] * 2
         with self.crew(pool, plan) as crew:
-            for version in (1, 2, 3):
+            # Before the first look: making contents leaves memory with the allocator of each thread.
+            staged = {a.address for answer in crew.sync(1, vectors)[2:] for a in answer.arrivals}
+            for version in (2, 3, 4):
                 check_fine(crew.sync(version, vectors, copy_out=True))
             before = [a.number for a in ask_all(crew.actors, Command("resident"))]
             places = [a.number for a in ask_all(crew.sources, Command("addresses"))]
-            staged = {a.address for answer in crew.sync(4, vectors)[2:] for a in answer.arrivals}
             for version in range(5, 25):
                 answers = crew.sync(version, vectors, copy_out=True)
                 check_fine(answers)
@@ -106,7 +107,7 @@ class TransportContract(SicknessContract):
             check(places == [a.number for a in ask_all(crew.sources, Command("addresses"))], "staging moved")
             # Twenty versions are 160 MiB for each rank; one version is 8 MiB.
             growth = max(b - a for a, b in zip(before, after, strict=True))
-            check(growth < 6 << 20, "resident memory grew by", growth, "bytes in 21 versions")
+            check(growth < 6 << 20, "resident memory grew by", growth, "bytes in 20 versions")
 
     @pytest.mark.parametrize("num_ranks", [1, 2, 3])
     def test_exchange_gives_every_rank_the_maximum_over_all(self, pool: ActorPool, num_ranks: int) -> None:
