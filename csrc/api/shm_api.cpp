@@ -1,5 +1,6 @@
 #include <pybind11/numpy.h>
 
+#include "api/gil.h"
 #include "api/register.h"
 #include "shm/segment.h"
 
@@ -56,7 +57,7 @@ py::array_t<float> exchange(const py::object& self) {
 
 void register_shm(py::module_& m) {
   py::register_local_exception_translator(&translate);
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<GilRelease>;
 
   py::class_<Geometry>(m, "ShmGeometry", "What the owner and the readers of a segment agree on.")
       .def(py::init(&geometry), py::kw_only(), py::arg("rank"), py::arg("num_openers"), py::arg("num_buckets"),

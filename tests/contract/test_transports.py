@@ -1,5 +1,9 @@
 """The contract suite on the transports that ship."""
 
+import os
+import signal
+import time
+
 import pytest
 
 from wsync.testing.transport_actors import CANCELLED, Command
@@ -34,6 +38,27 @@ class TestGloo(TransportContract):
                 assert set(lost) == {1}
                 assert f"rank {rank}" in lost[1]
                 assert "sink 1" in lost[1]
+
+    @pytest.mark.parametrize("chain", [False, True])
+    def test_a_sink_that_dies_with_bytes_on_their_way_to_it_is_noticed_at_once(self, pool, chain):
+        plan = hand_plan(num_sources=1, num_sinks=2, buckets_per_source=8, bucket_bytes=8 << 20, chain=chain)
+        with self.crew(pool, plan) as crew:
+            self.check_arrived(crew, 1, crew.sync(1))
+            feeder = crew.sinks[0] if chain else crew.sources[0]
+            crew.sinks[1].ask(Command("receive", version=2))
+            time.sleep(0.5)
+            os.kill(crew.sinks[1].pid, signal.SIGSTOP)  # its receives are posted, and the network fills up
+            crew.sinks[0].ask(Command("receive", version=2))
+            crew.sources[0].ask(Command("publish", version=2, cancel_after_s=8.0))
+            time.sleep(1.0)
+            crew.sinks[1].kill()
+            check_fine([crew.sinks[0].answer()])
+            answer = crew.sources[0].answer()
+            check_fine([answer])
+            assert answer.seconds < 4.0
+            check_fine(self.sync_without(crew, 1, 3))
+            assert set(crew.sources[0].do(Command("lost_sinks")).lost) == {1}
+            assert feeder.do(Command("close")).seconds < 3.0
 
     def test_a_sink_that_takes_nothing_is_given_up_by_the_next_version(self, pool):
         with self.crew(pool, hand_plan(num_sources=1, num_sinks=2, bucket_bytes=1 << 20)) as crew:

@@ -198,6 +198,7 @@ class SinkSession:
         while True:
             message = self._channel.recv(deadline, f"the next version for {self._name}", patient=True)
             if self._is_stale(message, entered_s):
+                self._channel.send(Waiting())  # it may have counted as asleep since
                 continue
             seq = message.seq if isinstance(message, Begin) else 0
             try:

@@ -171,7 +171,8 @@ class GlooSource(_GlooEnd):
         mesh = self._connect(source_offers, sink_offers, deadline, cancelled)
         if self._plan.amax_elements:
             self._exchange = Exchange(mesh, self._plan.rank, self._num_sources, self._plan.amax_elements)
-        self._outbox = Outbox(mesh, self._label, self._num_sources, self._lost)
+        sinks = {dst for bucket in self._plan.buckets for src, dst in bucket.hops if src == SOURCE}
+        self._outbox = Outbox(mesh, self._label, self._num_sources, sinks, self._lost)
 
     def _check_peers(self, sources: list[Offer], sinks: list[Offer]) -> None:
         for bucket in self._plan.buckets:

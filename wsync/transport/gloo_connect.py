@@ -25,7 +25,7 @@ from wsync.transport.waiting import Patience, remaining_s
 LOOPBACK = "127.0.0.1"
 _RETRY_S = 0.02
 _JOIN_S = 30.0  # for building the group once all ends have met: less only where the deadline is near
-_VERDICT_S = 1.0  # how long who failed to join waits to hear who failed as well
+_VERDICT_S = 1.0  # how long who failed to join looks for others that failed, and the store outlives a failure
 
 
 def own_address() -> str:
@@ -148,6 +148,7 @@ class _Rendezvous:
         self._stop = threading.Event()
         self._mesh: Mesh | None = None
         self._error: Exception | None = None
+        self._store: Any = None
         self.done = threading.Event()
 
     @property
@@ -159,16 +160,23 @@ class _Rendezvous:
         try:
             mesh = self._join()
         except Exception as error:
-            # Their frames would keep the store alive, and others would meet where nobody comes any more.
-            for part in (error, error.__cause__, error.__context__):
-                if part is not None:
-                    part.__traceback__ = None
-            self._error = error
-        else:
-            with self._lock:
-                self._mesh = mesh
-            if self._stop.is_set():
-                self.abandon()
+            self._report(error)
+            if self._sockets is not None and self._store is not None:
+                time.sleep(_VERDICT_S)  # the others ask the store who did not come, and they may be later
+            self._store = None
+            return
+        with self._lock:
+            self._mesh = mesh
+        if self._stop.is_set():
+            self.abandon()
+        self.done.set()
+
+    def _report(self, error: Exception) -> None:
+        # Frames would keep the store alive, and others would meet where nobody comes any more.
+        for part in (error, error.__cause__, error.__context__):
+            if part is not None:
+                part.__traceback__ = None
+        self._error = error
         self.done.set()
 
     def mesh(self) -> Mesh:
@@ -187,7 +195,7 @@ class _Rendezvous:
 
     def _join(self) -> Mesh:
         try:
-            store = self._open_store()
+            store = self._store = self._open_store()
         except (RuntimeError, OSError) as error:
             raise self._failed(error) from error
         try:

@@ -8,11 +8,15 @@ What shaped it (gloo over TCP, as torch ships it):
 - A posted receive cannot be taken back, and a later receive with the same tag would get the message meant for it. So a
   receive that a failed version left behind stays posted: it is simply the next message of that stream, and the trailer
   says which version it belongs to.
+- When a connection breaks, gloo fails the posted receives, but sends that the kernel had taken a part of stay pending
+  for ever. So whoever sends to a peer also keeps a receive posted that the peer never serves: it fails when the peer
+  is gone, and only then.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -29,6 +33,8 @@ TRAILER_BYTES = 16
 """A message ends with the version and the digest, u64 each, little endian."""
 
 _FOREVER = timedelta(days=365)
+_CLOSE_S = 2.0
+_WATCH_TAG = (1 << 31) - 2
 
 
 class Message:
@@ -125,6 +131,18 @@ class Mesh:
         self._changed = threading.Condition()
         self._pending: set[Transfer] = set()
         self._closed = False
+        self._watches: dict[int, tuple[Transfer, Message]] = {}
+
+    def watch(self, peer: int) -> None:
+        """Have `gone` notice when this end's connection with ``peer`` breaks."""
+        if peer not in self._watches:
+            message = Message(np.zeros(TRAILER_BYTES, dtype=np.uint8))
+            self._watches[peer] = (self.post_receive(peer, _WATCH_TAG, message, lane="watch"), message)
+
+    def gone(self, peer: int) -> str:
+        """Why a watched peer is gone; empty while it is not."""
+        watched = self._watches.get(peer)
+        return watched[0].error if watched is not None and watched[0].finished else ""
 
     def post_send(self, peer: int, tag: int, message: Message, lane: str = "") -> Transfer:
         """Start sending; the message's memory must not change until it is idle.
@@ -230,8 +248,9 @@ class Mesh:
             self._lanes.clear()
         for lane in lanes:
             lane.submit(None)
-        for lane in lanes:
-            lane.thread.join(timeout=2.0)
+        ends = time.monotonic() + _CLOSE_S
+        for lane in lanes:  # one with a send that gloo never ends (see above) stays behind, asleep
+            lane.thread.join(timeout=max(0.0, ends - time.monotonic()))
         works.clear()
         self._group = None
         self._store = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from wsync.transport.gloo_mesh import Mesh, Message, Transfer
 from wsync.transport.waiting import Patience
@@ -12,8 +13,8 @@ from wsync.transport.waiting import Patience
 class Outbox:
     """Transfers by sink, in order of posting, and the sinks that were lost."""
 
-    def __init__(self, mesh: Mesh, label: str, num_sources: int, lost: dict[int, str]) -> None:
-        """``lost``: filled with sink index -> reason."""
+    def __init__(self, mesh: Mesh, label: str, num_sources: int, sinks: Iterable[int], lost: dict[int, str]) -> None:
+        """``sinks``: whom messages go to. ``lost``: filled with sink index -> reason."""
         self._mesh = mesh
         self._label = label
         self._num_sources = num_sources
@@ -22,6 +23,9 @@ class Outbox:
         self._version = 0
         self._num_bytes = 0
         self._bytes_done = 0
+        self._sinks = sorted(set(sinks))
+        for sink in self._sinks:
+            mesh.watch(num_sources + sink)
 
     def begin(self, version: int) -> None:
         """Messages posted from now on are of ``version``."""
@@ -40,6 +44,10 @@ class Outbox:
     def reap(self) -> bool:
         """Look at what finished. Returns whether something did."""
         moved = False
+        for sink in self._sinks:
+            if sink not in self._lost and (why := self._mesh.gone(self._num_sources + sink)):
+                self._lose(sink, f"it died or closed its transport: {why}")
+                moved = True
         for sink, queue in list(self._queues.items()):
             while queue and queue[0][2].finished:
                 version, num_bytes, transfer = queue.popleft()

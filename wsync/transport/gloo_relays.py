@@ -41,6 +41,8 @@ class Relays:
         self._notes_in = {num_sources + sink: _note() for sink in sorted(parents)}
         self._notes_out = {sink: _note() for sink in sorted({c for children in self._children for c in children})}
         self._note_inbox: deque[Transfer] = deque()
+        for child in self._notes_out:
+            mesh.watch(num_sources + child)
 
     def begin(self) -> None:
         """A version starts: listen for notes."""
@@ -51,7 +53,7 @@ class Relays:
 
     def is_free(self, pos: int) -> bool:
         """Whether nobody reads the bucket any more on behalf of another sink."""
-        return all(transfer.finished for transfer in self._under_way.get(pos, ()))
+        return all(transfer.finished or self._mesh.gone(transfer.peer) for transfer in self._under_way.get(pos, ()))
 
     def all_free(self) -> bool:
         """Whether nothing is under way."""
