@@ -44,4 +44,4 @@ def engine() -> None:
 
 
 if __name__ == "__main__":
-    {"trainer": trainer, "engine": engine}[sys.argv[1]]()
+    engine() if sys.argv[1:] == ["engine"] else trainer()

@@ -111,3 +111,27 @@ def test_usage_errors_end_with_status_two(argv, capsys):
 def test_debug_shows_where_an_error_comes_from():
     with pytest.raises(ValueError, match="fp9"):
         main(["--debug", "bench", "e2e", "--recipes", "fp9"])
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "words"),
+    [
+        ("--json", ".", "cannot be written"),
+        ("--trace", "/proc/nothing.json", "cannot be written"),
+        ("--chart", "chart.txt", "must end in .png"),
+        ("--json", "no/such/folder/r.json", "does not exist"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_run(tmp_path, option, target, words):
+    command = [sys.executable, "-m", "wsync.cli.main", "bench", "e2e", option, target]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_file_in_a_missing_folder_is_a_named_error(tmp_path):
+    command = [sys.executable, "-m", "wsync.cli.main", "keygen", str(tmp_path / "no" / "k")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr

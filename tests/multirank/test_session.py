@@ -165,7 +165,7 @@ def test_another_model_is_refused_by_name_on_both_sides(key_file):
         with pytest.raises(wsync.ShapeMismatchError, match=r"\(256, 200\).*\(256, 201\)"):
             wsync.Sink(engine, store=source.store, key_file=key_file)
         with pytest.raises(wsync.ShapeMismatchError, match=r"\(256, 200\).*\(256, 201\)"):
-            source.publish(1, deadline_s=5).wait_committed()
+            source.publish(1, deadline_s=0.5).wait_committed()
         # A refusal counts once: an engine that fits may come afterwards.
         with pytest.raises(wsync.DeadlineError, match="needs 1 complete replicas and has 0"):
             source.publish(2, deadline_s=0.5).wait_committed()

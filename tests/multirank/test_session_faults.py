@@ -254,8 +254,43 @@ def test_a_ticket_of_another_version_is_refused_and_the_right_one_still_commits(
 def test_the_trainer_learns_why_an_engine_does_not_fit(source, key_file):
     with pytest.raises(wsync.MissingTensorError, match="extra"):
         wsync.Sink(make(0.0) | {"extra": torch.zeros(2)}, store=source.store, key_file=key_file)
-    with pytest.raises(wsync.MissingTensorError, match="extra"):
-        source.publish(1, deadline_s=20).wait_committed()
+    with pytest.raises(wsync.MissingTensorError, match=r"engine-0/0 does not fit.*extra"):
+        source.publish(1, deadline_s=0.5).wait_committed()
+
+
+def test_an_engine_that_does_not_fit_does_not_keep_a_later_one_out(source, key_file):
+    with pytest.raises(wsync.MissingTensorError):
+        wsync.Sink(make(0.0) | {"extra": torch.zeros(2)}, store=source.store, key_file=key_file, replica="odd")
+    publication = source.publish(1, deadline_s=20)
+    with Engine(source.store, key_file) as engine:
+        assert publication.wait_committed().committed == ("engine-0",)
+        assert holds(engine.live, 1.0)
+
+
+@pytest.mark.parametrize("version", [3.5, "x", None, True])
+def test_a_version_that_is_no_whole_number_is_refused_and_costs_nothing(source, key_file, version):
+    with pytest.raises(wsync.ConfigError, match="whole number"):
+        source.publish(version)
+    with Engine(source.store, key_file):
+        assert source.publish(torch.tensor(4), deadline_s=20).wait_committed().version == 4
+
+
+def test_a_recipe_for_a_tensor_that_nobody_has_is_refused(source, key_file):
+    with pytest.raises(wsync.UnknownTensorError, match="wieght"):
+        wsync.Sink(make(0.0), store=source.store, key_file=key_file, recipes={"wieght": "bf16"})
+
+
+def test_closed_objects_say_so(source, key_file):
+    sink = wsync.Sink(make(0.0), store=source.store, key_file=key_file)
+    sink.close()
+    for call in (sink.start, sink.poll, sink.prepare):
+        with pytest.raises(wsync.StateError, match="closed"):
+            call()
+
+
+def test_an_unknown_transport_is_refused_at_once(key_file):
+    with pytest.raises(wsync.ConfigError, match="auto, loopback, shm, gloo"):
+        wsync.Source(make(), store="tcp://127.0.0.1:0", key_file=key_file, transport="bogus")
 
 
 @pytest.mark.parametrize(

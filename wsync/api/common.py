@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import re
 import weakref
@@ -40,6 +41,20 @@ def share_of_cores(num_threads: int | None, ranks_here: int) -> int:
     if num_threads < 1:
         raise ConfigError(f"num_threads must be at least 1, got {num_threads}")
     return num_threads
+
+
+def whole_number(value: object, name: str) -> int:
+    """An integer of any kind (Python's, NumPy's, a 0-d integer tensor) as a plain int.
+
+    Raises:
+        ConfigError: it is none, or a bool.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}") from None
 
 
 def check_store(store: str) -> None:

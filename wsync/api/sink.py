@@ -15,7 +15,7 @@ from wsync.adapters.engines.recorder import Recording, record_loader
 from wsync.adapters.engines.verify import verify_recording
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
 from wsync.api.live import LoadWeights, live_tensors, load_by_name
-from wsync.errors import ConfigError, DeadlineError, MissingTensorError, StateError, WsyncError
+from wsync.errors import ConfigError, DeadlineError, MissingTensorError, StateError, UnknownTensorError, WsyncError
 from wsync.session.auth import derive_keys, load_secret
 from wsync.session.channel import PEER_TIMEOUT_S, Channel
 from wsync.session.clock import local_info
@@ -122,6 +122,12 @@ class Sink:
         close_at_exit(self)
 
     def _describe(self, tensors: tuple[TensorSpec, ...]) -> tuple[SinkRankManifest, list[StorageMemory]]:
+        if isinstance(self._recipes, Mapping):
+            unknown = sorted(set(self._recipes) - {t.name for t in tensors})
+            if unknown:
+                raise UnknownTensorError(
+                    f"recipes names {unknown[0]!r}, which is no tensor of the trainer's {len(tensors)}"
+                )
         module = self._engine if isinstance(self._engine, nn.Module) else None
         self._recording = record_loader(
             self._load_weights,
@@ -187,6 +193,7 @@ class Sink:
             WsyncError: what ended the publish at the trainer, such as `NonFiniteError`. The old version serves.
             StateError: a version is prepared already, or `start` does this in the background.
         """
+        self._check_open()
         if self._thread is not None:
             raise StateError("prepare() after start(): take tickets with poll()")
         return self._session.prepare(deadline_s)
@@ -223,6 +230,7 @@ class Sink:
 
     def start(self) -> None:
         """Prepare versions on a thread of this Sink; the engine takes tickets with `poll`."""
+        self._check_open()
         if self._thread is None:
             self._thread = threading.Thread(target=self._prepare_forever, name=f"wsync-{self.replica}", daemon=True)
             self._thread.start()
@@ -236,6 +244,7 @@ class Sink:
         Raises:
             WsyncError: the error that ended the background thread.
         """
+        self._check_open()
         with self._wake:
             if self._background_error is not None:
                 raise self._background_error
@@ -258,6 +267,10 @@ class Sink:
             with self._wake:
                 self._ready = ticket
                 self._wake.wait_for(lambda: self._ready is None or self._stopping)
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise StateError(f"{self.replica}/{self.rank} is closed")
 
     def close(self) -> None:
         """Leave. Live memory stays as it is. May be called twice."""

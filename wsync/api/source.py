@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wsync.adapters.trainers import describe
-from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
+from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores, whole_number
 from wsync.errors import ConfigError, StateError
 from wsync.plan.types import PlanOptions
 from wsync.session.auth import derive_keys, load_secret
@@ -17,7 +17,7 @@ from wsync.session.clock import local_info
 from wsync.session.coordinator import Coordinator
 from wsync.session.source import Publication, SourceSession
 from wsync.spec.cluster import Cluster
-from wsync.transport import choose_transport, open_source
+from wsync.transport import TRANSPORTS, choose_transport, open_source
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,8 @@ class Source:
     ) -> None:
         self.rank, self.world_size = rank_and_world(rank, world_size)
         check_store(store)
+        if transport not in ("auto", *TRANSPORTS):
+            raise ConfigError(f"unknown transport {transport!r}; known: auto, {', '.join(TRANSPORTS)}")
         keys = derive_keys(load_secret(key_file))
         if store.endswith(":0") and self.world_size > 1:
             raise ConfigError(f"store {store!r} has port 0, which works for 1 trainer rank only, not {self.world_size}")
@@ -129,6 +131,7 @@ class Source:
         session = self._session
         if session is None:
             raise StateError(f"publish(version={version}) on a closed Source")
+        version = whole_number(version, "version")
         if not 0 <= version < 2**63:
             raise ConfigError(f"version must be in [0, 2**63), got {version}")
         last = session.last_version
@@ -137,7 +140,7 @@ class Source:
                 f"version must increase: got {version}, the last was {last}",
                 hint="a new Source begins a new incarnation and may start anywhere",
             )
-        if min_replicas is not None and min_replicas < 1:
+        if min_replicas is not None and whole_number(min_replicas, "min_replicas") < 1:
             raise ConfigError(f"min_replicas must be at least 1, got {min_replicas}")
         self._description.check_addresses()
         return session.publish(version, min_replicas or 1, deadline_s)
@@ -156,6 +159,8 @@ class Source:
             self._coordinator.close()
 
     def __enter__(self) -> Source:
+        if self._closed:
+            raise StateError("this Source is closed")
         return self
 
     def __exit__(

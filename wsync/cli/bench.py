@@ -71,6 +71,8 @@ def run_e2e(args: argparse.Namespace) -> int:
     request = _request(args)
     for target, option in ((args.json, "--json"), (args.chart, "--chart"), (args.trace, "--trace")):
         check_writable(target, option)
+    if args.chart and Path(args.chart).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--chart {args.chart}: the name must end in .png, .pdf or .svg")
     _require_libraries(args.chart)
 
     from wsync.bench.e2e import run

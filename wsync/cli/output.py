@@ -68,7 +68,18 @@ def check_writable(target: str | None, option: str) -> None:
     """Refuse early what would fail after a long run.
 
     Raises:
-        ConfigError: the folder of ``target`` does not exist.
+        ConfigError: ``target`` is a folder, its folder does not exist, or it cannot be opened for writing.
     """
-    if target and target != "-" and not Path(target).resolve().parent.is_dir():
-        raise ConfigError(f"{option} {target}: the folder {Path(target).resolve().parent} does not exist")
+    if not target or target == "-":
+        return
+    path = Path(target).resolve()
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {target}: the folder {path.parent} does not exist")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{option} {target} cannot be written: {e.strerror}") from e
+    if not existed:
+        path.unlink()

@@ -63,6 +63,8 @@ def new_key_file(path: str | os.PathLike[str]) -> Path:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigError(f"key file {target} exists already", hint="use it, or remove it first") from None
+    except OSError as e:
+        raise ConfigError(f"key file {target} cannot be written: {e.strerror}") from e
     with os.fdopen(descriptor, "w") as f:
         f.write(secrets.token_hex(KEY_BYTES) + "\n")
     return target

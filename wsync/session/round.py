@@ -124,7 +124,7 @@ class Round:
     def advance(self, now: float) -> None:
         """Do whatever can be done now."""
         if self.state in ("gather", "offers", "ready") and now > self.deadline:
-            self.fail(DeadlineError(late_message(self)))
+            self.fail(self._refusal() or DeadlineError(late_message(self)))
         if self.state == "gather":
             self._gather(now)
         if self.state == "offers":
@@ -150,7 +150,6 @@ class Round:
             return
         replicas = self.candidates()
         if len(replicas) < self.needed:
-            self._fail_if_refused()
             return
         if self.epoch is not None and self.epoch.is_of(replicas):
             self._begin(now)
@@ -170,12 +169,15 @@ class Round:
         self.state = state
         self._phase_began = now
 
-    def _fail_if_refused(self) -> None:
-        """An engine that does not fit ends the publish by name, unless another is on its way. Each counts once."""
-        on_their_way = any(c.manifest is None for c in self.members.sinks())
-        if self.members.refusals and not on_their_way:
-            refusals, self.members.refusals = self.members.refusals, {}
-            self.fail(next(iter(refusals.values())).to_error())
+    def _refusal(self) -> WsyncError | None:
+        """Why an engine was turned away, where that left too few: the first one, by its own class. Each counts once."""
+        if self.state != "gather" or not self.all_requested or not self.members.refusals:
+            return None
+        refusals, self.members.refusals = self.members.refusals, {}
+        name, fault = next(iter(sorted(refusals.items())))
+        seconds = f"{self.deadline - self.began:.1f} s"
+        message = f"{name} does not fit: {fault.message} (and no other replica came within {seconds})"
+        return Fault(fault.name, message, fault.hint).to_error()
 
     def _collect_offers(self, now: float) -> None:
         epoch = self.epoch
