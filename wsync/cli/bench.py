@@ -26,6 +26,8 @@ from wsync.errors import ConfigError
 if TYPE_CHECKING:
     from wsync.bench.e2e import Progress, Request
 
+_TABLE_WIDTH = 130
+
 _DESCRIPTION = """Trainer processes hold an FSDP2-sharded model, engine processes hold it fused and tensor-parallel.
 Each row takes the same new weights from the first to the second, and is verified byte for byte against an engine that
 loaded a checkpoint. docs/measurement.md defines every row and column."""
@@ -90,7 +92,7 @@ def run_e2e(args: argparse.Namespace) -> int:
     if args.json:
         write_json(result, args.json)
     if args.json != "-":
-        print_result(result, stdout_console())
+        print_result(result, stdout_console(_TABLE_WIDTH))
     return EXIT_OK if result.verdict == "ok" else EXIT_FAILED
 
 

@@ -20,9 +20,14 @@ EXIT_INTERRUPTED = 130
 _PLAIN_WIDTH = 150
 
 
-def stdout_console() -> Console:
-    """For data. A pipe gets plain text wide enough for the tables; a terminal keeps its width, ``NO_COLOR`` counts."""
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+def stdout_console(min_width: int = 0) -> Console:
+    """For data. A pipe gets plain text wide enough for the tables; a terminal keeps its width, ``NO_COLOR`` counts.
+
+    Args:
+        min_width: columns that the data needs: a narrower terminal wraps whole lines, which keeps every figure.
+    """
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    return console if console.width >= min_width else Console(width=min_width)
 
 
 def stderr_console() -> Console:
