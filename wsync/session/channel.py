@@ -155,11 +155,6 @@ class Channel:
         """Whether the channel is closed, was refused, or cannot connect; silence alone does not break it."""
         return self._error is not None
 
-    @property
-    def handshake_failures(self) -> int:
-        """Connections that the other side's or this side's key ended."""
-        return self._handshake_failures
-
     # ---- state, under the condition
 
     def _raise_if_broken(self, patient: bool) -> None:

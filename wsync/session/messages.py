@@ -14,7 +14,7 @@ from wsync.errors import WireError, WsyncError, error_from_wire
 from wsync.spec.manifest import RankInfo, SinkRankManifest, SourceRankManifest, TensorSpec
 
 MAX_MESSAGE_BYTES = 256 << 20
-"""A longer frame is refused before it is decoded (a manifest of a 70 000-tensor model has some 20 MB)."""
+"""A longer frame is refused before it is decoded (an estimate for the manifest of a 70 000-tensor model: 20 MB)."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
