@@ -74,7 +74,7 @@ def trainer(report, rank, world_size, store, key_file, stop, transport, deadline
 
 def engine(report, replica, rank, world_size, store, key_file, stop, deadline_s):
     """Commits version 1 in peace, then version 2, stopping at ``stop``."""
-    from wsync.session import sink as sink_module
+    from wsync.session import install as install_module
 
     live = {name: torch.zeros_like(t) for name, t in weights(1).items()}
     sink = wsync.Sink(
@@ -82,9 +82,9 @@ def engine(report, replica, rank, world_size, store, key_file, stop, deadline_s)
     )
     sink.commit(sink.prepare(30))
     if stop == "verify":
-        _stop_at(report, sink_module.kernels, "digest")
+        _stop_at(report, install_module.kernels, "digest")
     elif stop == "install":
-        _stop_at(report, sink_module.kernels, "unpack")
+        _stop_at(report, install_module.kernels, "unpack")
     began = time.monotonic()
     error = None
     replicas: dict[str, str] = {}

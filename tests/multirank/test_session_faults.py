@@ -10,6 +10,7 @@ import torch
 import zmq
 
 import wsync
+from wsync.session import install as install_module
 from wsync.session import sink as sink_module
 from wsync.session import source as source_module
 from wsync.session.auth import derive_keys, load_secret
@@ -80,17 +81,17 @@ def set_weights(source, value):
 def test_a_poisoned_replica_stays_poisoned_until_a_commit_is_through(source, key_file, monkeypatch):
     with Engine(source.store, key_file) as engine:
         source.publish(1, deadline_s=20).wait_committed()
-        unpack = sink_module.kernels.unpack
+        unpack = install_module.kernels.unpack
 
         def broken(*args, **kwargs):
             raise wsync.DigestError("injected")
 
-        monkeypatch.setattr(sink_module.kernels, "unpack", broken)
+        monkeypatch.setattr(install_module.kernels, "unpack", broken)
         with pytest.raises(wsync.CommitError) as error:
             source.publish(2, deadline_s=20).wait_committed()
         assert error.value.replicas == {"engine-0": "poisoned"}
         assert (engine.sink.state, engine.sink.version) == ("poisoned", None)
-        monkeypatch.setattr(sink_module.kernels, "unpack", unpack)
+        monkeypatch.setattr(install_module.kernels, "unpack", unpack)
         weights = weights_of(source)["b"]
         weights[0, 0] = float("nan")
         with pytest.raises(wsync.NonFiniteError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import stat
+import warnings
 
 import pytest
 import zmq
@@ -49,3 +50,20 @@ def test_keys_are_derived_the_same_everywhere_and_differ_between_secrets():
     assert len({a.server_public, a.client_public, b.server_public, b.client_public}) == 4
     assert zmq.curve_public(a.server_secret) == a.server_public
     assert a.server_secret.decode() not in repr(a)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
+def test_a_key_that_others_can_read_is_warned_of_and_used(tmp_path, mode):
+    path = wsync.new_key_file(tmp_path / "wsync.key")
+    secret = load_secret(path)
+    path.chmod(mode)
+    with pytest.warns(UserWarning, match=rf"mode 0{mode:o}: others .*chmod 600") as caught:
+        assert load_secret(path) == secret
+    assert secret.hex() not in str(caught[0].message)
+
+
+def test_a_private_key_is_not_warned_of(tmp_path):
+    path = wsync.new_key_file(tmp_path / "wsync.key")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_secret(path)

@@ -16,6 +16,8 @@ from wsync.session import messages as m
 def test_messages_survive_the_round_trip():
     begin = m.Begin(3, 7, 1, "abc", 12.5)
     assert m.decode_to_client(m.encode_message(begin)) == begin
+    dropped = m.Progress(3, "a", "dropped", m.Fault("DigestError", "x"))
+    assert m.decode_to_client(m.encode_message(dropped)) == dropped
     voted = m.Voted(3, (m.Stamp("receive", 1.0, 2.0),))
     assert m.decode_to_coordinator(m.encode_message(voted)) == voted
 
@@ -26,6 +28,7 @@ def test_messages_survive_the_round_trip():
         {"type": "Begin", "seq": "3", "version": 7, "epoch": 1, "plan_digest": "a", "deadline_s": 1.0},
         {"type": "Begin", "seq": 3},
         {"type": "Nothing"},
+        {"type": "Progress", "seq": 3, "replica": "a", "outcome": "lost"},
         {"type": "Pong", "more": 1},
         [1, 2],
         7,

@@ -66,7 +66,7 @@ def test_the_exported_names_are_these():
 
 
 def test_source_has_this_surface():
-    assert public_members(wsync.Source) == ["close", "publish"]
+    assert public_members(wsync.Source) == ["close", "publish", "replicas"]
     assert parameters(wsync.Source) == [
         "model_or_tensors",
         "*store",
@@ -85,7 +85,9 @@ def test_source_has_this_surface():
 
 
 def test_publication_and_report_have_this_surface():
-    assert {"released", "over", "wait_released", "wait_committed"} <= set(public_members(wsync.Publication))
+    members = {"released", "over", "replicas", "dropped", "wait_released", "wait_committed", "wait_replica"}
+    assert members <= set(public_members(wsync.Publication))
+    assert parameters(wsync.Publication.wait_replica) == ["replica", "deadline_s=None"]
     assert set(wsync.PublishReport.__struct_fields__) == {
         "version",
         "committed",
@@ -102,17 +104,22 @@ def test_publication_and_report_have_this_surface():
 
 def test_sink_has_this_surface():
     assert public_members(wsync.Sink) == [
+        "bytes_installed",
         "close",
         "commit",
         "last_error",
         "last_pause_s",
+        "last_stamps",
         "poll",
         "prepare",
+        "prepared",
         "recording",
         "start",
         "state",
         "version",
+        "wait",
     ]
+    assert parameters(wsync.Sink.wait) == ["version", "deadline_s=10.0"]
     assert parameters(wsync.Sink) == [
         "engine_model",
         "load_weights=None",

@@ -3,8 +3,8 @@
 from wsync.api.sink import Sink
 from wsync.api.source import Source
 from wsync.session.auth import new_key_file
+from wsync.session.publication import Publication
 from wsync.session.report import PublishReport
-from wsync.session.sink import Ticket
-from wsync.session.source import Publication
+from wsync.session.vote import Ticket
 
 __all__ = ["Publication", "PublishReport", "Sink", "Source", "Ticket", "new_key_file"]

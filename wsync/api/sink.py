@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import nn, no_grad
 
+from wsync.adapters.engines.events import LiveConstant
 from wsync.adapters.engines.recorder import Recording, record_loader
 from wsync.adapters.engines.verify import verify_recording
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
@@ -18,8 +19,10 @@ from wsync.api.live import LoadWeights, live_tensors, load_by_name
 from wsync.errors import ConfigError, DeadlineError, MissingTensorError, StateError, UnknownTensorError, WsyncError
 from wsync.session.auth import derive_keys, load_secret
 from wsync.session.channel import PEER_TIMEOUT_S, Channel
-from wsync.session.clock import local_info
-from wsync.session.sink import SinkSession, Ticket
+from wsync.session.clock import deadline_after, local_info
+from wsync.session.laststep import LastSteps
+from wsync.session.sink import SinkSession
+from wsync.session.vote import Ticket
 from wsync.spec.manifest import SinkRankManifest, TensorSpec
 from wsync.transport import open_sink
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 _BACKGROUND_S = 5.0
 _BACKGROUND_PAUSE_S = 0.2
+_WATCH_S = 0.02
+"""How often a ticket that waits for its commit is looked after: the trainer may give its version up."""
 _CLOSE_S = 5.0
 
 Recipes = Mapping[str, str] | Callable[[TensorSpec], str]
@@ -37,10 +42,12 @@ class Sink:
     """One engine rank's live memory. The call returns when the trainer knows what this rank needs.
 
     Args:
-        engine_model: a module, a dict of live tensors, or an object with ``live_tensors()``.
+        engine_model: a module, a dict of live tensors, or an object with ``live_tensors()``. Such an object may have
+            ``record(name_table, recipes, allow_missing)`` too: then it says itself what its loader does, as an object
+            with ``recording`` (`Recording`) and ``last_steps`` (`LastSteps`, how it repacks what it loads).
         load_weights: the engine's own loader, called once on stand-ins that carry no data; None copies by name. A
             loader that moves weights through memory of its own runs a second time, on coded values, to compare; every
-            live byte is restored, and the engine must not generate meanwhile.
+            live byte is restored, and the engine must not generate meanwhile. None for an engine with ``record``.
         store, key_file: as for `Source`.
         replica: name of the replica that this rank belongs to.
         rank, world_size: within the replica.
@@ -89,12 +96,16 @@ class Sink:
         self.rank, self.world_size = rank_and_world(rank, world_size)
         tensors = live_tensors(engine_model)
         self._engine = engine_model
+        self._records_itself = hasattr(engine_model, "live_tensors") and hasattr(engine_model, "record")
+        if self._records_itself and load_weights is not None:
+            raise ConfigError(f"{type(engine_model).__name__}.record() and load_weights are given: one loader, please")
         self._load_weights = load_weights or load_by_name(tensors)
         self._tensors = tensors
         self._recipes = recipes if recipes is not None else getattr(engine_model, "recipe_for", None)
         self._allow_missing = tuple(allow_missing)
         self._info = local_info()
         self._recording: Recording | None = None
+        self._constants: dict[int, list[LiveConstant]] = {}
         self._ready: Ticket | None = None
         self._background_error: WsyncError | None = None
         self._last_error: WsyncError | None = None
@@ -114,22 +125,34 @@ class Sink:
                 info=self._info,
                 num_threads=share_of_cores(num_threads, self.world_size),
                 join_deadline_s=join_deadline_s,
-                first_install=self._write_constants,
+                write_constants=self._write_constants,
             )
         except BaseException:
             channel.close()
             raise
         close_at_exit(self)
 
-    def _describe(self, tensors: tuple[TensorSpec, ...]) -> tuple[SinkRankManifest, list[StorageMemory]]:
+    def _describe(self, tensors: tuple[TensorSpec, ...]) -> tuple[SinkRankManifest, list[StorageMemory], LastSteps]:
         if isinstance(self._recipes, Mapping):
             unknown = sorted(set(self._recipes) - {t.name for t in tensors})
             if unknown:
                 raise UnknownTensorError(
                     f"recipes names {unknown[0]!r}, which is no tensor of the trainer's {len(tensors)}"
                 )
+        if self._records_itself:
+            recorded = self._engine.record(tensors, self._recipes or {}, self._allow_missing)
+            recording, steps = recorded.recording, recorded.last_steps
+        else:
+            recording, steps = self._record(tensors), LastSteps()
+        self._recording = recording
+        self._constants = {}
+        for constant in recording.constants:
+            self._constants.setdefault(constant.storage_idx, []).append(constant)
+        return recording.manifest(self.replica, self.rank, self.world_size, self._info), recording.memory, steps
+
+    def _record(self, tensors: tuple[TensorSpec, ...]) -> Recording:
         module = self._engine if isinstance(self._engine, nn.Module) else None
-        self._recording = record_loader(
+        recording = record_loader(
             self._load_weights,
             tensors,
             self._tensors,
@@ -137,22 +160,26 @@ class Sink:
             allow_missing=self._allow_missing,
             module=module,
         )
-        if self._recording.needs_verification:
-            verify_recording(self._recording, self._load_weights, tensors)
-        forgotten = sorted(set(self._recording.coverage.not_loaded) - set(self._allow_missing))
+        if recording.needs_verification:
+            verify_recording(recording, self._load_weights, tensors)
+        forgotten = sorted(set(recording.coverage.not_loaded) - set(self._allow_missing))
         if forgotten:
             raise MissingTensorError(
                 f"the engine has {', '.join(map(repr, forgotten[:5]))}, which no tensor of the trainer fills "
                 f"({len(forgotten)} of {len(self._tensors)} live tensors)",
                 hint="load the same model on both sides, or name them in allow_missing",
             )
-        manifest = self._recording.manifest(self.replica, self.rank, self.world_size, self._info)
-        return manifest, self._recording.memory
+        return recording
 
-    def _write_constants(self) -> None:
-        """What the loader itself sets (zeros in padding), for engines that never loaded a checkpoint."""
-        if self._recording is not None:
-            self._recording.write_constants()
+    @no_grad()
+    def _write_constants(self, storage_idxs: frozenset[int] | None) -> None:
+        """What the loader itself sets (zeros in padding), for memory that no checkpoint was loaded into."""
+        if self._recording is None:
+            return
+        for storage_idx in self._constants if storage_idxs is None else self._constants.keys() & storage_idxs:
+            view = self._recording.storage_view(storage_idx)
+            for constant in self._constants[storage_idx]:
+                constant.write(view)
 
     # ---- what is served
 
@@ -178,18 +205,33 @@ class Sink:
 
     @property
     def last_pause_s(self) -> float:
-        """Seconds that the last `commit` took on this rank: decision, install, confirmation."""
+        """Seconds that the last `commit` took on this rank: decision, install, last steps, confirmation."""
         return self._session.last_pause_s
+
+    @property
+    def last_stamps(self) -> dict[str, float]:
+        """Seconds that each phase of the version committed last took on this rank.
+
+        ``receive`` (with ``verify`` in it) and ``repack`` while the old version served; ``decide``, ``install`` and
+        ``finish`` in `commit`. Empty before the first commit.
+        """
+        return dict(self._session.last_stamps)
+
+    @property
+    def bytes_installed(self) -> int:
+        """Wire bytes that all commits of this Sink put in place together."""
+        return self._session.bytes_installed
 
     # ---- prepare and commit
 
     def prepare(self, deadline_s: float = 60.0) -> Ticket:
-        """Wait for the next version, stage it and verify its digests. The old version keeps serving.
+        """Wait for the next version, stage it, verify its digests, repack. The old version keeps serving.
 
         Raises:
             DeadlineError: no version came, or it did not arrive in time. The old version serves.
             DigestError: staged bytes differ from what was published. The old version serves.
             PeerLostError: the trainer is gone. The old version serves.
+            CommitError: the engine's own repacking failed. The old version serves.
             WsyncError: what ended the publish at the trainer, such as `NonFiniteError`. The old version serves.
             StateError: a version is prepared already, or `start` does this in the background.
         """
@@ -204,16 +246,18 @@ class Sink:
         Returns when every rank of the replica has installed: it may serve.
 
         Raises:
-            CommitError: ``replicas`` says whether the old version serves or the replica is poisoned.
+            CommitError: ``replicas`` says whether the old version serves or the replica is poisoned. Also where the
+                engine's own last steps fail: poisoned.
             DigestError: what was installed is not what was published: poisoned.
-            StateError: the ticket is not the one that is prepared.
+            StateError: the ticket is not the one that is prepared, or is committed already.
         """
         try:
-            self._check_memory(ticket)
+            if self._session.holds(ticket):
+                self._check_memory(ticket)
             self._session.commit(ticket)
         finally:
-            if not self._session.holds(ticket):
-                with self._wake:
+            with self._wake:
+                if self._ready is not None and not self._session.holds(self._ready):
                     self._ready = None
                     self._wake.notify_all()
 
@@ -229,7 +273,10 @@ class Sink:
     # ---- in the background
 
     def start(self) -> None:
-        """Prepare versions on a thread of this Sink; the engine takes tickets with `poll`."""
+        """Prepare versions on a thread of this Sink; the engine takes tickets with `poll` or `wait`.
+
+        A ticket that the trainer gives up before it is committed is withdrawn, and the thread goes on to the next one.
+        """
         self._check_open()
         if self._thread is None:
             self._thread = threading.Thread(target=self._prepare_forever, name=f"wsync-{self.replica}", daemon=True)
@@ -250,6 +297,48 @@ class Sink:
                 raise self._background_error
             return self._ready
 
+    @property
+    def prepared(self) -> bool:
+        """Whether a ticket is ready to commit."""
+        return self._session.is_prepared if self._thread is None else self._ready is not None
+
+    def wait(self, version: int, deadline_s: float = 10.0) -> Ticket:
+        """Block until the background thread has the ticket of ``version``.
+
+        For an engine that is told to commit: the word may come a moment before this rank's own thread is through.
+
+        Raises:
+            DeadlineError: it is not ready in time; the message names the version that is.
+            StateError: the version is committed already, or `start` was not called.
+            WsyncError: why this rank has no such version: it could not be staged, or the trainer gave it up; or what
+                ended the background thread.
+        """
+        if self._thread is None:
+            raise StateError(f"wait(version={version}) before start()")
+        deadline = deadline_after(deadline_s)
+        with self._wake:
+            while True:
+                self._check_open()
+                if self._background_error is not None:
+                    raise self._background_error
+                ready, failed = self._ready, self._session.failed
+                if ready is not None and ready.version == version:
+                    return ready
+                if self._session.version == version:
+                    raise StateError(f"version {version} is committed already by {self.replica}/{self.rank}")
+                if failed is not None and failed[0] == version:
+                    raise failed[1]
+                if time.monotonic() >= deadline:
+                    raise self._not_ready(version, deadline_s)
+                self._wake.wait(_WATCH_S)
+
+    def _not_ready(self, version: int, deadline_s: float) -> DeadlineError:
+        there = f"version {self._ready.version} is" if self._ready is not None else "no version is"
+        last = f"; the last error was: {self._last_error.message}" if self._last_error is not None else ""
+        return DeadlineError(
+            f"{self.replica}/{self.rank} waited {deadline_s:g} s for version {version}, but {there} prepared{last}"
+        )
+
     def _prepare_forever(self) -> None:
         while not self._stopping:
             try:
@@ -266,7 +355,21 @@ class Sink:
                 return self._end_background(WsyncError(f"prepare failed: {type(e).__name__}: {e}"))
             with self._wake:
                 self._ready = ticket
-                self._wake.wait_for(lambda: self._ready is None or self._stopping)
+                self._wake.notify_all()
+            self._look_after(ticket)
+
+    def _look_after(self, ticket: Ticket) -> None:
+        """Until the engine took the ticket, or the trainer gave it up."""
+        while True:
+            with self._wake:
+                if self._wake.wait_for(lambda: self._ready is None or self._stopping, timeout=_WATCH_S):
+                    return
+            error = self._session.withdraw(ticket)
+            if error is not None:
+                with self._wake:
+                    self._ready, self._last_error = None, error
+                    self._wake.notify_all()
+                return
 
     def _check_open(self) -> None:
         if self._stopping:

@@ -15,7 +15,9 @@ from wsync.session.auth import derive_keys, load_secret
 from wsync.session.channel import PEER_TIMEOUT_S, Channel
 from wsync.session.clock import local_info
 from wsync.session.coordinator import Coordinator
-from wsync.session.source import Publication, SourceSession
+from wsync.session.membership import ReplicaStatus
+from wsync.session.publication import Publication
+from wsync.session.source import SourceSession
 from wsync.spec.cluster import Cluster
 from wsync.transport import TRANSPORTS, choose_transport, open_source
 
@@ -144,6 +146,18 @@ class Source:
             raise ConfigError(f"min_replicas must be at least 1, got {min_replicas}")
         self._description.check_addresses()
         return session.publish(version, min_replicas or 1, deadline_s)
+
+    def replicas(self) -> dict[str, ReplicaStatus]:
+        """Which engine replicas are joined now, by name: complete, asleep, poisoned, turned away. Any thread.
+
+        Raises:
+            StateError: this is not trainer rank 0, which alone knows, or the Source is closed.
+        """
+        if self._closed:
+            raise StateError("replicas() on a closed Source")
+        if self._coordinator is None:
+            raise StateError(f"replicas() on trainer rank {self.rank}: only rank 0 knows who joined")
+        return self._coordinator.replicas()
 
     def close(self) -> None:
         """Leave and free staging. Engines keep what they serve. May be called twice."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from wsync.errors import ConfigError
 from wsync.native import load_extension
 from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, UNPACK_DESC
-from wsync.plan.sink_program import SinkProgram
+from wsync.plan.sink_program import Fill
 
 _C = load_extension()
 
@@ -110,26 +110,24 @@ def installed_digest(descs: Descriptors, num_threads: int = 0, *, isa: str = "au
     return digest_
 
 
-def mismatched_duplicate(
-    program: SinkProgram, bucket_pos: int, num_threads: int = 0, *, isa: str = "auto"
-) -> int | None:
+def mismatched_duplicate(fill: Fill, bucket_pos: int, num_threads: int = 0, *, isa: str = "auto") -> int | None:
     """Compare what lies at the further destinations of a bucket's pieces now with what lies at the first ones.
 
     `installed_digest` of the bucket's own descriptors leaves the further destinations out.
 
     Args:
-        program: that was unpacked.
-        bucket_pos: position of the bucket in the program.
+        fill: that was unpacked.
+        bucket_pos: position of the bucket in the fill.
         num_threads: see the package.
         isa: see the package.
 
     Returns:
-        Index into ``program.duplicates[bucket_pos]`` of the first one that differs, or None.
+        Index into ``fill.duplicates[bucket_pos]`` of the first one that differs, or None.
     """
-    duplicates = program.duplicates[bucket_pos]
+    duplicates = fill.duplicates[bucket_pos]
     if len(duplicates.descs) == 0:
         return None
-    firsts = program.buckets[bucket_pos][duplicates.first_idx]
+    firsts = fill.buckets[bucket_pos][duplicates.first_idx]
     if installed_digest(duplicates.descs, num_threads, isa=isa) == installed_digest(firsts, num_threads, isa=isa):
         return None
     for i in range(len(firsts)):

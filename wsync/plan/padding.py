@@ -30,10 +30,12 @@ def padding_ranges(bucket: Bucket) -> list[tuple[int, int]]:
     return ranges
 
 
-def padding_digest(bucket: Bucket, bucket_bytes: int) -> int:
-    """What those ranges add to the bucket's digest, modulo 2^64."""
+def padding_digest(bucket: Bucket, bucket_bytes: int, begin: int = 0, end: int | None = None) -> int:
+    """What those ranges that begin in ``[begin, end)`` add to the bucket's digest, modulo 2^64."""
     first = bucket.bucket_idx * (bucket_bytes // WORD_BYTES)
-    words = [np.arange(first + b // 8, first + e // 8, dtype=np.uint64) for b, e in padding_ranges(bucket)]
+    end = bucket.used_bytes if end is None else end
+    ranges = [(b, e) for b, e in padding_ranges(bucket) if begin <= b < end]
+    words = [np.arange(first + b // 8, first + e // 8, dtype=np.uint64) for b, e in ranges]
     return zero_digest(np.concatenate(words)) if words else 0
 
 

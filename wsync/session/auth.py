@@ -10,6 +10,8 @@ import binascii
 import hashlib
 import os
 import secrets
+import stat
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,7 @@ from wsync.errors import ConfigError
 
 KEY_BYTES = 32
 ENVIRONMENT_VARIABLE = "WSYNC_KEY"
+_OTHERS_READ = stat.S_IRGRP | stat.S_IROTH
 
 
 class CurveKeys(msgspec.Struct, frozen=True):
@@ -89,12 +92,15 @@ def _parse(text: str, origin: str) -> bytes:
 def load_secret(key_file: str | os.PathLike[str] | None) -> bytes:
     """The job's secret, from ``key_file`` or from the environment variable WSYNC_KEY.
 
+    Warns of a file that group or others can read.
+
     Raises:
         ConfigError: there is none, or it is malformed. The message never holds the secret.
     """
     if key_file is not None:
         try:
             text = Path(key_file).read_text()
+            mode = stat.S_IMODE(Path(key_file).stat().st_mode)
         except OSError as e:
             raise ConfigError(
                 f"key file {key_file} cannot be read: {e.strerror}", hint="make one with: wsync keygen wsync.key"
@@ -103,7 +109,14 @@ def load_secret(key_file: str | os.PathLike[str] | None) -> bytes:
             raise ConfigError(
                 f"key file {key_file} is not text", hint="make one with: wsync keygen wsync.key"
             ) from None
-        return _parse(text, f"key file {key_file}")
+        secret = _parse(text, f"key file {key_file}")
+        if mode & _OTHERS_READ:
+            warnings.warn(
+                f"key file {key_file} has mode {mode:04o}: others than its owner can read the job's secret "
+                f"(chmod 600 {key_file})",
+                stacklevel=3,
+            )
+        return secret
     if ENVIRONMENT_VARIABLE in os.environ:
         return _parse(os.environ[ENVIRONMENT_VARIABLE], f"environment variable {ENVIRONMENT_VARIABLE}")
     raise ConfigError(

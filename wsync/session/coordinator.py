@@ -22,7 +22,7 @@ from wsync.session.auth import CurveKeys
 from wsync.session.channel import PEER_TIMEOUT_S
 from wsync.session.clock import local_info, process_is_gone
 from wsync.session.epoch import Epoch
-from wsync.session.membership import Client, Membership
+from wsync.session.membership import Client, Membership, ReplicaStatus
 from wsync.session.messages import (
     MAX_MESSAGE_BYTES,
     Accepted,
@@ -113,6 +113,7 @@ class Coordinator:
         self._refused: dict[bytes, Fault] = {}
         self._stopping = threading.Event()
         self._next_check = time.monotonic() + _LIVENESS_S
+        self._tables = threading.Lock()
         self._context = zmq.Context()
         self._auth = ThreadAuthenticator(self._context)
         self._socket = self._bind(store, keys)
@@ -154,6 +155,11 @@ class Coordinator:
         self._auth.stop()
         self._context.destroy(linger=500)
 
+    def replicas(self) -> dict[str, ReplicaStatus]:
+        """Which replicas are there now, by name. Any thread; waits while the coordinator plans."""
+        with self._tables:
+            return self._members.status()
+
     # ---- the loop
 
     def _run(self) -> None:
@@ -164,9 +170,10 @@ class Coordinator:
             while not self._stopping.is_set():
                 events = dict(poller.poll(int(_TICK_S * 1000)))
                 try:
-                    self._turn(events)
+                    with self._tables:
+                        self._turn(events)
                 except Exception as e:  # every rank waits on this thread: whatever it is, they must learn of it
-                    with contextlib.suppress(Exception):
+                    with self._tables, contextlib.suppress(Exception):
                         self._break(Fault.of(e))
                     self._rounds.clear()
         finally:
@@ -297,7 +304,8 @@ class Coordinator:
         if replaced is not None and replaced.uid != uid:
             error = StateError(
                 f"{name} was joined by pid {message.info.pid} on {message.info.host}; "
-                f"pid {replaced.info.pid} on {replaced.info.host} is out"
+                f"pid {replaced.info.pid} on {replaced.info.host} is out",
+                hint="if both are meant to serve, give each engine a replica name of its own",
             )
             if self._round is not None:
                 self._round.lost(replaced, "was replaced")

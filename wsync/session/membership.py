@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
+import msgspec
+
 from wsync.errors import ConfigError, ManifestError
 from wsync.session.messages import Fault
 from wsync.spec.manifest import (
@@ -39,6 +41,26 @@ class Client:
     manifest: SinkRankManifest | None = None
     asleep: bool = False
     poisoned: bool = False
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    """One replica, as trainer rank 0 sees it now.
+
+    Attributes:
+        world_size: ranks that it should have.
+        joined: its ranks that are there and fit the trainer.
+        complete: all of them are.
+        asleep: some missed a version and have not entered prepare since: publishes go on without the replica.
+        poisoned: the live memory of some is of no known version, until its next commit.
+        refused: by rank, why it was turned away.
+    """
+
+    world_size: int
+    joined: tuple[int, ...]
+    complete: bool
+    asleep: bool
+    poisoned: bool
+    refused: dict[int, str]
 
 
 class Membership:
@@ -134,6 +156,28 @@ class Membership:
             if client.manifest is not None and not client.asleep:
                 replicas.setdefault(client.replica, []).append(client)
         return {name: ranks for name, ranks in sorted(replicas.items()) if len(ranks) == ranks[0].world_size}
+
+    def status(self) -> dict[str, ReplicaStatus]:
+        """Every replica of which a rank came, also one that was turned away."""
+        refused: dict[str, dict[int, str]] = {}
+        for client_name, fault in sorted(self.refusals.items()):
+            replica, _, rank = client_name.rpartition("/")
+            refused.setdefault(replica, {})[int(rank)] = f"{fault.name}: {fault.message}"
+        found = {}
+        for name in sorted({c.replica for c in self.sinks()} | refused.keys()):
+            ranks = self.sinks(name)
+            joined = tuple(c.rank for c in ranks if c.manifest is not None)
+            # A rank that was turned away left no world size; its replica has at least the ranks that came.
+            world_size = ranks[0].world_size if ranks else max(refused[name]) + 1
+            found[name] = ReplicaStatus(
+                world_size,
+                joined,
+                len(joined) == world_size,
+                any(c.asleep for c in ranks),
+                any(c.poisoned for c in ranks),
+                refused.get(name, {}),
+            )
+        return found
 
     def describe_missing(self) -> str:
         """One phrase on what the replicas lack, for messages."""

@@ -6,7 +6,7 @@ ZeroMQ frame of MessagePack with a ``type`` tag. `docs/wire_format.md` lists the
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -193,13 +193,14 @@ class Connect(_Message, frozen=True):
 
 
 class Begin(_Message, frozen=True):
-    """Publish ``version`` now, as ``seq``."""
+    """Publish ``version`` now, as ``seq``. A trainer rank is told the ``replicas`` that take part."""
 
     seq: int
     version: int
     epoch: int
     plan_digest: str
     deadline_s: float
+    replicas: tuple[str, ...] = ()
 
 
 class Decide(_Message, frozen=True):
@@ -212,6 +213,15 @@ class ReplicaCommitted(_Message, frozen=True):
     """All ranks of the replica installed: serve."""
 
     seq: int
+
+
+class Progress(_Message, frozen=True):
+    """To the trainer ranks, at once: how far a replica is with ``seq``. ``fault``: why it was dropped."""
+
+    seq: int
+    replica: str
+    outcome: Literal["prepared", "committed", "dropped"]
+    fault: Fault | None = None
 
 
 class Aborted(_Message, frozen=True):
@@ -286,6 +296,7 @@ ToClient: TypeAlias = (
     | Decide
     | ReplicaCommitted
     | Aborted
+    | Progress
     | Finished
     | Refused
     | Pong

@@ -17,8 +17,8 @@ class PublishReport(msgspec.Struct, frozen=True):
         replicas: for each replica ``"committed"``, ``"old version serving"`` or ``"poisoned"``.
         seconds: by phase, the slowest rank of each (see `docs/measurement.md`): ``total`` (publish called to last
             replica committed, on this rank's clock), ``stall`` (publish called to released, on this rank's clock),
-            ``amax``, ``pack``, ``flush`` (trainer ranks), ``receive``, ``verify``, ``decide``, ``install``
-            and ``pause``, which is decide plus install (engine ranks).
+            ``amax``, ``pack``, ``flush`` (trainer ranks), ``receive``, ``verify``, ``repack``, ``decide``, ``install``,
+            ``finish`` and ``pause``, which is decide plus install plus finish (engine ranks).
         logical_bytes: bytes of the model as the trainer holds it, each tensor once.
         wire_bytes: encoded bytes that the trainer ranks packed, without padding.
         sink_bytes: encoded bytes that all engine ranks took together.
@@ -58,7 +58,8 @@ def build_report(version: int, finished: Finished, total_s: float, stall_s: floa
         for phase, value in spent.items():
             seconds[phase] = max(seconds.get(phase, 0.0), value)
         if "install" in spent:
-            seconds["pause"] = max(seconds.get("pause", 0.0), spent["install"] + spent.get("decide", 0.0))
+            pause_s = sum(spent.get(phase, 0.0) for phase in ("decide", "install", "finish"))
+            seconds["pause"] = max(seconds.get("pause", 0.0), pause_s)
     return PublishReport(
         version=version,
         committed=finished.committed,

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
+
+import msgspec
 
 from wsync.errors import ConfigError, DeadlineError, PeerLostError, TransportError, WsyncError
 from wsync.plan.types import PlanOptions
@@ -27,6 +30,7 @@ from wsync.session.messages import (
     Installed,
     Offer,
     Packed,
+    Progress,
     PublishRequest,
     RankStamps,
     Ready,
@@ -212,10 +216,22 @@ class Round:
         if epoch is None:
             return
         self.replicas = {name: ReplicaState() for name in epoch.replicas}
+        for name, fault in self.excluded.items():
+            self._tell(name, "dropped", fault)
         begin = Begin(self.seq, self.version, epoch.number, epoch.digest, max(self.deadline - now, 0.0))
-        for client in epoch.clients:
+        for client in epoch.sources:
+            self._send(client, msgspec.structs.replace(begin, replicas=tuple(epoch.replicas)))
+        for client in epoch.sinks:
             self._send(client, begin)
         self._enter("running", now)
+
+    def _tell(
+        self, replica: str, outcome: Literal["prepared", "committed", "dropped"], fault: Fault | None = None
+    ) -> None:
+        """The trainer hears at once how far a replica is: it pauses each engine for its own commit only."""
+        for client in self.members.sources.values():
+            if client.rank in self.requests:
+                self._send(client, Progress(self.seq, replica, outcome, fault))
 
     def exclude(self, replica: str, error: WsyncError) -> None:
         """Go on without a replica: before anything moved this means a new plan, later that it is dropped."""
@@ -280,6 +296,7 @@ class Round:
             for client in ranks:
                 client.poisoned = False
                 self._send(client, ReplicaCommitted(self.seq))
+            self._tell(replica, "committed")
 
     def failed(self, client: Client, message: Failed) -> None:
         """A rank reported an error."""
@@ -330,6 +347,7 @@ class Round:
         state.fault = fault
         for client in ranks:
             self._send(client, Aborted(self.seq, fault, superseded))
+        self._tell(replica, "dropped", fault)
 
     def fail(self, error: WsyncError) -> None:
         """The publish is over for everybody but the replicas that are decided."""
@@ -355,6 +373,7 @@ class Round:
                 state.decided = True
                 for client in ranks:
                     self._send(client, Decide(self.seq))
+                self._tell(name, "prepared")
 
     def _expire(self) -> None:
         late = DeadlineError(late_message(self))

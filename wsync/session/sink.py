@@ -8,76 +8,48 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import msgspec
-
-from wsync import kernels
 from wsync.errors import (
     CommitError,
-    DigestError,
-    PeerLostError,
-    PlanMismatchError,
     StateError,
     TransportError,
     WsyncError,
 )
-from wsync.plan.program import StorageMemory, compile_sink
-from wsync.plan.types import SinkSlice
 from wsync.session.channel import Channel
 from wsync.session.clock import Stopwatch, deadline_after
-from wsync.session.install import Installer
+from wsync.session.install import WriteConstants
+from wsync.session.joining import Describe, Joining
 from wsync.session.messages import (
     Aborted,
-    Accepted,
     Begin,
     Connect,
-    Decide,
     Failed,
     Fault,
     Installed,
     NameTable,
-    Offer,
-    Ready,
     Rejoin,
-    ReplicaCommitted,
     Setup,
-    SinkDescribed,
     SinkJoin,
     Stamp,
     ToClient,
     Voted,
     Waiting,
 )
-from wsync.spec.manifest import RankInfo, SinkRankManifest, TensorSpec
-from wsync.spec.serde import FORMAT_VERSION, decode, digest_of
-from wsync.transport import SinkEnd, Staged
+from wsync.session.staging import Staging
+from wsync.session.vote import Ticket, Vote
+from wsync.spec.manifest import RankInfo
+from wsync.spec.serde import FORMAT_VERSION
+from wsync.transport import SinkEnd
 
-_REJOIN_S = 1.0
 _VERDICT_S = 1.0
 """How long a rank whose transfer broke waits for the coordinator to say why."""
+
+_HEAL = "stop serving; the next full publish heals this replica"
 
 SERVING = "serving"
 PREPARED = "prepared"
 POISONED = "poisoned"
-
-Describe = Callable[[tuple[TensorSpec, ...]], tuple[SinkRankManifest, Sequence[StorageMemory]]]
-
-
-class Ticket(msgspec.Struct, frozen=True):
-    """A staged and verified version that waits for its commit.
-
-    Attributes:
-        version: the trainer's number.
-        incarnation: of the trainer.
-        seq: number of the publish within the incarnation.
-        deadline_s: monotonic time after which the trainer gives this replica up.
-    """
-
-    version: int
-    incarnation: int
-    seq: int
-    deadline_s: float
 
 
 class SinkSession:
@@ -88,7 +60,14 @@ class SinkSession:
         describe: records the engine's loader against the trainer's name table.
         open_transport: makes this rank's end of the transport of that name.
         num_threads: of the digest and unpack kernels.
-        first_install: called on the engine's thread in the first commit of each epoch.
+        write_constants: writes what the loader itself sets, see `Installer`.
+
+    Attributes:
+        version, incarnation: of the trainer, that live memory holds; None and 0 before the first commit.
+        last_pause_s: seconds of the last commit.
+        last_stamps: seconds by phase of the version that was committed last.
+        bytes_installed: wire bytes that all commits together put in place.
+        failed: the version that last failed on this rank and why, until it is tried again.
 
     Raises:
         WsyncError: the engine does not fit the trainer, or the deadline passed.
@@ -106,91 +85,51 @@ class SinkSession:
         info: RankInfo,
         num_threads: int,
         join_deadline_s: float,
-        first_install: Callable[[], None] = lambda: None,
+        write_constants: WriteConstants = lambda _: None,
     ) -> None:
         self.version: int | None = None
         self.incarnation = 0
         self.last_pause_s = 0.0
+        self.last_stamps: dict[str, float] = {}
+        self.bytes_installed = 0
+        self.failed: tuple[int, WsyncError] | None = None
         self._channel = channel
-        self._describe = describe
         self._open_transport = open_transport
-        self._first_install = first_install
+        self._write_constants = write_constants
         self._num_threads = num_threads
-        self._join = SinkJoin(FORMAT_VERSION, replica, rank, world_size, info)
+        self._replica = replica
+        self._is_alone = world_size == 1
         self._name = f"{replica}/{rank}"
-        self._manifest: SinkRankManifest | None = None
-        self._storages: Sequence[StorageMemory] = ()
-        self._names_digest = ""
-        self._joined_incarnation = 0
-        self._slice: SinkSlice | None = None
-        self._installer: Installer | None = None
-        self._end: SinkEnd | None = None
-        self._staged: dict[int, Staged] = {}
+        self._joining = Joining(channel, describe, SinkJoin(FORMAT_VERSION, replica, rank, world_size, info))
+        self._staging: Staging | None = None
         self._epoch = 0
         self._seq = 0
-        self._prepared = False
-        self._ticket: Ticket | None = None
+        self._vote: Vote | None = None
+        self._committed: Ticket | None = None
+        self._void: tuple[Ticket, CommitError] | None = None
         self._poisoned = False
-        self._last_join_s = 0.0
         self._aborted: Aborted | None = None
         self._watch = Stopwatch()
+        self._spent: dict[str, float] = {}
         self._lock = threading.Lock()
-        deadline = deadline_after(join_deadline_s)
-        self._send_join()
-        self._await_names(deadline)
+        self._joining.join(deadline_after(join_deadline_s))
 
     @property
     def state(self) -> str:
         """What live memory is. A poisoned rank stays so until a commit is through, whatever it has prepared."""
         if self._poisoned:
             return POISONED
-        return PREPARED if self._prepared else SERVING
+        return SERVING if self._vote is None else PREPARED
 
-    # ---- joining
-
-    def _send_join(self) -> None:
-        self._last_join_s = time.monotonic()
-        self._channel.send(self._join)
-
-    def _rejoin(self, message: Rejoin) -> None:
-        """The coordinator does not know this rank: it restarted, or gave the rank up while it was silent."""
-        if message.incarnation != self._joined_incarnation or time.monotonic() > self._last_join_s + _REJOIN_S:
-            self._send_join()
-        if message.incarnation != self._joined_incarnation:
-            self._joined_incarnation, self._seq = message.incarnation, 0
-
-    def _await_names(self, deadline: float) -> None:
-        while True:
-            message = self._channel.recv(deadline, "the trainer's name table")
-            if isinstance(message, NameTable):
-                self._take_names(message)
-            elif isinstance(message, Rejoin):
-                self._rejoin(message)
-            elif isinstance(message, Accepted):
-                return
-
-    def _take_names(self, message: NameTable) -> None:
-        """Record once; the same names again (a restarted trainer) need no new recording."""
-        if message.names_digest != self._names_digest:
-            if digest_of(message.tensors) != message.names_digest:
-                raise PlanMismatchError(
-                    f"the name table has digest {digest_of(message.tensors)}, {message.names_digest} was announced"
-                )
-            try:
-                self._manifest, self._storages = self._describe(message.tensors)
-            except BaseException as e:
-                self._channel.send(Failed(0, 0, Fault.of(e)))  # the trainer must learn why this engine does not fit
-                raise
-            self._names_digest = message.names_digest
-        self._joined_incarnation = message.incarnation
-        if self._manifest is not None:
-            self._channel.send(SinkDescribed(message.names_digest, self._manifest))
+    @property
+    def _outcome(self) -> dict[str, str]:
+        return {self._replica: POISONED if self._poisoned else "old version serving"}
 
     # ---- prepare
 
     def prepare(self, deadline_s: float) -> Ticket:
         """Stage the next version. See `wsync.Sink.prepare`."""
-        if self._prepared:
+        if self._vote is not None:
             raise StateError(f"{self._name}: prepare() while a version is prepared", hint="commit its ticket first")
         deadline = deadline_after(deadline_s)
         entered_s = time.monotonic()
@@ -200,23 +139,30 @@ class SinkSession:
             if self._is_stale(message, entered_s):
                 self._channel.send(Waiting())  # it may have counted as asleep since
                 continue
-            seq = message.seq if isinstance(message, Begin) else 0
             try:
-                ticket = self._on(message, deadline)
-            except WsyncError as e:
-                if seq and self._aborted is None and isinstance(e, TransportError):
-                    self._hear_why(seq)
-                if self._aborted is not None:
-                    if self._aborted.superseded:
-                        continue
-                    raise self._aborted.fault.to_error() from e
-                self._channel.send(Failed(seq, self._epoch, Fault.of(e)))
-                raise
+                ticket = self._on(message)
             except BaseException as e:
-                self._channel.send(Failed(seq, self._epoch, Fault.of(e)))
-                raise
+                self._gave_up(message, e)
+                continue
             if ticket is not None:
                 return ticket
+
+    def _gave_up(self, message: ToClient, error: BaseException) -> None:
+        """Tell the trainer, if it did not say so itself. Returns only if a newer version replaces this one."""
+        begin = message if isinstance(message, Begin) else None
+        if begin is not None and self._aborted is None and isinstance(error, TransportError):
+            self._hear_why(begin.seq)
+        if isinstance(error, CommitError):
+            error.replicas = self._outcome
+        told = self._aborted is not None and isinstance(error, WsyncError)
+        reason = self._aborted.fault.to_error() if told and self._aborted else error
+        if begin is not None:
+            self.failed = begin.version, reason if isinstance(reason, WsyncError) else Fault.of(reason).to_error()
+        if not told:
+            self._send_failed(begin.seq if begin else 0, error)
+            raise error
+        if self._aborted is None or not self._aborted.superseded:
+            raise reason from error
 
     def _is_stale(self, message: ToClient, entered_s: float) -> bool:
         """What came while nobody was in prepare, and is over by now."""
@@ -235,12 +181,13 @@ class SinkSession:
         else:
             self._channel.unread(message)
 
-    def _on(self, message: ToClient, deadline: float) -> Ticket | None:
+    def _on(self, message: ToClient) -> Ticket | None:
         self._aborted = None
         if isinstance(message, NameTable):
-            self._take_names(message)
+            self._joining.take_names(message)
         elif isinstance(message, Rejoin):
-            self._rejoin(message)
+            if self._joining.join_again(message):
+                self._seq = 0
         elif isinstance(message, Setup):
             self._setup(message)
         elif isinstance(message, Connect):
@@ -254,61 +201,55 @@ class SinkSession:
         return None
 
     def _setup(self, message: Setup) -> None:
-        if self._manifest is None:
-            raise StateError(f"{self._name}: Setup came before the name table")
-        if self._end is not None:
-            self._end.close()
-            self._end = None
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
         self._epoch = message.epoch
-        self._slice = decode(message.slice_, SinkSlice)
-        if self._slice.plan_digest != message.plan_digest:
-            raise PlanMismatchError(f"a slice of plan {self._slice.plan_digest} came with plan {message.plan_digest}")
-        program = compile_sink(self._slice, self._manifest, self._storages)
-        self._end = self._open_transport(message.transport)
-        self._installer = Installer(program, self._end, self._num_threads, self._name, self._first_install)
-        self._channel.send(Offer(message.epoch, message.plan_digest, self._end.prepare(self._slice)))
+        self._staging = Staging(
+            message,
+            self._joining,
+            self._open_transport,
+            num_threads=self._num_threads,
+            name=self._name,
+            write_constants=self._write_constants,
+        )
+        self._channel.send(self._staging.offer())
 
     def _connect(self, message: Connect) -> None:
-        if self._end is None or self._slice is None or message.epoch != self._epoch:
-            raise StateError(f"{self._name}: Connect of epoch {message.epoch} came in epoch {self._epoch}")
         deadline = self._channel.arrived_s + message.deadline_s
-        self._end.connect(list(message.source_offers), list(message.sink_offers), deadline, self._setup_cancelled)
-        self._channel.send(Ready(message.epoch, self._slice.plan_digest))
+        self._channel.send(self._staged("Connect").connect(message, deadline, self._setup_cancelled))
+
+    def _staged(self, what: str) -> Staging:
+        if self._staging is None:
+            raise StateError(f"{self._name}: {what} came before Setup")
+        return self._staging
 
     def _stage(self, begin: Begin) -> Ticket:
-        end, slice_ = self._end, self._slice
-        if end is None or slice_ is None:
-            raise StateError(f"{self._name}: Begin came before Setup")
-        if begin.plan_digest != slice_.plan_digest:
-            raise PlanMismatchError(
-                f"{self._name} holds plan {slice_.plan_digest}, the publish is of {begin.plan_digest}"
-            )
+        staging = self._staged("Begin")
         self._seq = begin.seq
+        if self.failed is not None and self.failed[0] == begin.version:
+            self.failed = None
         deadline = self._channel.arrived_s + begin.deadline_s
         self._watch.take()
-        self._staged.clear()
-        mismatched: list[str] = []
-        verify_s = 0.0
-        with self._watch.phase("receive"):
-            for staged in end.receive(begin.seq, deadline, self._cancelled):
-                started = time.monotonic()
-                bucket = slice_.buckets[staged.bucket_pos]
-                first_word = bucket.bucket_idx * slice_.bucket_bytes // 8
-                got = kernels.digest(staged.address, bucket.used_bytes, first_word, self._num_threads)
-                verify_s += time.monotonic() - started
-                if got != staged.digest:
-                    mismatched.append(f"bucket {bucket.bucket_idx}: published {staged.digest:016x}, staged {got:016x}")
-                self._staged[staged.bucket_pos] = staged
-        now = time.monotonic()
-        self._watch.stamps.append(Stamp("verify", now - verify_s, now))
-        if mismatched:
-            raise DigestError(
-                f"{self._name}: {len(mismatched)} buckets differ from what was published; {mismatched[0]}"
-            )
-        self._channel.send(Voted(begin.seq, self._watch.take()))
-        self._prepared = True
-        self._ticket = Ticket(begin.version, self._joined_incarnation, begin.seq, deadline)
-        return self._ticket
+        self._spent = {}
+        try:
+            staging.stage(begin, deadline, self._watch, self._cancelled)
+            self._channel.send(Voted(begin.seq, self._take_stamps()))
+        except BaseException:
+            staging.installer.discard()
+            raise
+        ticket = Ticket(begin.version, self._joining.incarnation, begin.seq, deadline)
+        self._vote = Vote(self._channel, ticket, self._name)
+        return ticket
+
+    def _take_stamps(self) -> tuple[Stamp, ...]:
+        stamps = self._watch.take()
+        for stamp in stamps:
+            self._spent[stamp.phase] = self._spent.get(stamp.phase, 0.0) + stamp.end_s - stamp.begin_s
+        return stamps
+
+    def _send_failed(self, seq: int, error: BaseException) -> None:
+        self._channel.send(Failed(seq, self._epoch, Fault.of(error)))
 
     def _setup_cancelled(self) -> None:
         """While this rank connects: the coordinator may give the epoch up."""
@@ -326,104 +267,147 @@ class SinkSession:
             self._aborted = message
             raise message.fault.to_error()
 
-    # ---- commit
-
-    def commit(self, ticket: Ticket) -> None:
-        """Make live memory the ticket's version. See `wsync.Sink.commit`."""
-        self._check_ticket(ticket)
-        began = time.monotonic()
-        with self._watch.phase("decide"):
-            self._await_decision(ticket)
-        try:
-            if self._installer is None:
-                raise StateError(f"{self._name}: commit came before Setup")
-            with self._watch.phase("install"):
-                self._installer.install(self._staged, ticket.seq)
-        except BaseException as e:  # whatever it was, live memory may be half written
-            self._poison()
-            self._channel.send(Failed(ticket.seq, self._epoch, Fault.of(e)))
-            raise
-        self._channel.send(Installed(ticket.seq, self._watch.take()))
-        self._await_replica(ticket)
-        self.last_pause_s = time.monotonic() - began
-        self.version, self.incarnation = ticket.version, ticket.incarnation
-        self._prepared = self._poisoned = False
-        if self._end is not None:
-            self._end.release(ticket.seq)
-
-    def _check_ticket(self, ticket: Ticket) -> None:
-        if not self._prepared or ticket != self._ticket:
-            raise StateError(f"{self._name}: commit of {ticket} in state {self.state!r}; prepared is {self._ticket}")
+    # ---- a ticket that waits
 
     @property
     def is_over(self) -> bool:
         """Whether nothing can be prepared any more: closed, refused, or another key."""
         return self._channel.is_broken
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a ticket waits for its commit."""
+        return self._vote is not None
+
     def holds(self, ticket: Ticket) -> bool:
-        """Whether the ticket is prepared and waits for its commit."""
-        return self._prepared and ticket == self._ticket
+        """Whether it is this ticket that waits for its commit."""
+        return self._vote is not None and ticket == self._vote.ticket
+
+    def withdraw(self, ticket: Ticket) -> CommitError | None:
+        """If the trainer gave the ticket's version up: forget what was staged, and return why. Never waits.
+
+        For the thread that prepared it. While another thread is in `commit`, and after it, this returns None.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            vote = self._vote
+            reason = vote.why_void() if vote is not None and vote.ticket == ticket else None
+            if vote is None or reason is None:
+                return None
+            # This rank has not begun to install and so knows its memory; what other ranks did it does not know.
+            return self._never_committed(vote, reason, is_known=vote.refused or self._is_alone)
+        finally:
+            self._lock.release()
+
+    def _never_committed(self, vote: Vote, reason: WsyncError, *, is_known: bool) -> CommitError:
+        """Forget the version. ``is_known``: the whole replica is as it was."""
+        self._forget()
+        version = vote.ticket.version
+        if vote.refused:
+            message = f"version {version} was not committed: {reason.message}"
+        elif vote.decided:
+            message = f"version {version} was decided and {self._name} did not commit it: {reason.message}"
+        else:
+            message = f"{self._name} voted for version {version} and never learnt the decision: {reason.message}"
+        if not is_known:
+            self._poison()
+        error = CommitError(message, replicas=self._outcome, hint="" if is_known else _HEAL)
+        self._void, self.failed = (vote.ticket, error), (version, error)
+        return error
+
+    def _forget(self) -> None:
+        """Nothing comes of what is staged: the engine need not keep what it prepared."""
+        self._vote = None
+        if self._staging is not None:
+            self._staging.installer.discard()
+
+    # ---- commit
+
+    def commit(self, ticket: Ticket) -> None:
+        """Make live memory the ticket's version. See `wsync.Sink.commit`."""
+        with self._lock:
+            vote = self._vote_for(ticket)
+            staging = self._staged("commit")
+            began = time.monotonic()
+            with self._watch.phase("decide"):
+                self._await_decision(vote)
+            self._install(vote, staging)
+            self._await_replica(vote)
+            self.last_pause_s = time.monotonic() - began
+            self.last_stamps = self._spent
+            self.bytes_installed += staging.num_bytes
+            self.version, self.incarnation = ticket.version, ticket.incarnation
+            self._vote, self._committed, self._poisoned = None, ticket, False
+            staging.end.release(ticket.seq)
+
+    def _vote_for(self, ticket: Ticket) -> Vote:
+        vote = self._vote
+        if vote is not None and ticket == vote.ticket:
+            return vote
+        if self._void is not None and ticket == self._void[0]:
+            raise self._void[1]
+        if ticket == self._committed:
+            raise StateError(f"{self._name}: version {ticket.version} is committed already; a ticket is good for once")
+        waiting = vote.ticket if vote is not None else None
+        raise StateError(f"{self._name}: commit of {ticket} in state {self.state!r}; prepared is {waiting}")
 
     def reject(self, ticket: Ticket, error: WsyncError) -> None:
         """Tell the trainer that this rank cannot install what it voted for. Nothing is written.
 
         The decision may have been taken already, so the replica counts as poisoned until the next full commit.
         """
-        self._check_ticket(ticket)
-        self._poison()
-        self._channel.send(Failed(ticket.seq, self._epoch, Fault.of(error)))
+        with self._lock:
+            self._vote_for(ticket)
+            self._poison()
+            self._send_failed(ticket.seq, error)
 
     def _poison(self) -> None:
-        self._poisoned, self._prepared = True, False
-        self.version = None
+        self._forget()
+        self._poisoned, self.version = True, None
 
-    def _await(self, kind: type[ToClient], ticket: Ticket, what: str) -> None:
-        """Wait for a message of ``kind`` about the ticket's publish."""
-        while True:
-            message = self._channel.recv(ticket.deadline_s + 2.0, what)
-            if isinstance(message, Aborted) and message.seq == ticket.seq:
-                self._aborted = message
-                raise message.fault.to_error()
-            if isinstance(message, Rejoin):
-                raise PeerLostError(f"{self._name}: the trainer restarted before it said what to do")
-            if isinstance(message, kind) and getattr(message, "seq", None) == ticket.seq:
-                return
-
-    def _await_decision(self, ticket: Ticket) -> None:
-        self._aborted = None
+    def _await_decision(self, vote: Vote) -> None:
         try:
-            self._await(Decide, ticket, f"the decision on version {ticket.version}")
+            vote.await_decision(f"the decision on version {vote.ticket.version}")
         except WsyncError as e:
-            if self._aborted is not None:
-                self._prepared = False
-                raise CommitError(
-                    f"version {ticket.version} was not committed: {e.message}",
-                    replicas={self._join.replica: POISONED if self._poisoned else "old version serving"},
-                ) from e
-            self._poison()
-            raise CommitError(
-                f"{self._name} voted for version {ticket.version} and never learnt the decision: {e.message}",
-                replicas={self._join.replica: POISONED},
-                hint="stop serving; the next full publish heals this replica",
-            ) from e
+            raise self._never_committed(vote, e, is_known=vote.refused) from e
 
-    def _await_replica(self, ticket: Ticket) -> None:
+    def _install(self, vote: Vote, staging: Staging) -> None:
+        seq = vote.ticket.seq
         try:
-            self._await(ReplicaCommitted, ticket, f"the other ranks of {self._join.replica} to install")
+            with self._watch.phase("install"):
+                staging.installer.install(seq)
+            with self._watch.phase("finish"):
+                staging.installer.finish()
+        except BaseException as e:  # whatever it was, live memory may be half written
+            self._poison()
+            if isinstance(e, CommitError):
+                e.replicas, e.hint = self._outcome, e.hint or _HEAL
+            self.failed = vote.ticket.version, Fault.of(e).to_error()
+            self._send_failed(seq, e)
+            raise
+        self._channel.send(Installed(seq, self._take_stamps()))
+
+    def _await_replica(self, vote: Vote) -> None:
+        try:
+            vote.await_replica(f"the other ranks of {self._replica} to install")
         except WsyncError as e:
             self._poison()
             raise CommitError(
-                f"{self._name} installed version {ticket.version}, but its replica did not: {e.message}",
-                replicas={self._join.replica: POISONED},
-                hint="stop serving; the next full publish heals this replica",
+                f"{self._name} installed version {vote.ticket.version}, but its replica did not: {e.message}",
+                replicas=self._outcome,
+                hint=_HEAL,
             ) from e
+
+    # ---- the end
 
     def close(self) -> None:
         """Leave. May be called twice. The caller has seen to it that no other thread is in prepare or commit."""
         self._channel.close()
-        if self._end is not None:
-            self._end.close()
-            self._end = None
+        self._vote = None
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     def leave(self) -> None:
         """Say goodbye, and make waits in other threads end."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from wsync import kernels
 from wsync.errors import (
     CommitError,
-    DeadlineError,
     NonFiniteError,
     PeerLostError,
     PlanMismatchError,
@@ -35,6 +34,7 @@ from wsync.session.messages import (
     Flushed,
     Offer,
     Packed,
+    Progress,
     PublishRequest,
     Ready,
     Rejoin,
@@ -42,93 +42,13 @@ from wsync.session.messages import (
     SourceJoin,
     ToClient,
 )
-from wsync.session.report import PublishReport, build_report
+from wsync.session.publication import GRACE_S, Publication
+from wsync.session.report import build_report
 from wsync.spec.manifest import SourceRankManifest
 from wsync.spec.serde import FORMAT_VERSION, decode
 from wsync.transport import SourceEnd
 
 _CLOSE_S = 5.0
-_GRACE_S = 2.0
-"""A rank waits this much longer than the coordinator, whose error says more."""
-
-
-class Publication:
-    """One publish on one trainer rank. Made by `Source.publish`.
-
-    Attributes:
-        version: what is published.
-        seq: number of the publish within the Source.
-    """
-
-    def __init__(self, version: int, seq: int, deadline_s: float) -> None:
-        self.version = version
-        self.seq = seq
-        self.deadline = deadline_after(deadline_s)
-        self.began_s = time.monotonic()
-        self.released_s = 0.0
-        self._released = threading.Event()
-        self._over = threading.Event()
-        self._error: WsyncError | None = None
-        self._report: PublishReport | None = None
-        self._untouched = False
-
-    @property
-    def released(self) -> bool:
-        """Whether the optimizer may write again."""
-        return self._released.is_set()
-
-    @property
-    def over(self) -> bool:
-        """Whether every replica committed or was dropped."""
-        return self._over.is_set()
-
-    @property
-    def left_no_trace(self) -> bool:
-        """Whether it is over and no replica has taken or may have begun to take the version."""
-        return self.over and self._untouched
-
-    def wait_released(self) -> None:
-        """Wait until this rank's memory was read: the optimizer may write again.
-
-        Raises:
-            WsyncError: the publish failed; the memory is not read any more either.
-        """
-        self._wait(self._released, "the release")
-        if self._error is not None and not self.released_s:
-            raise self._error
-
-    def wait_committed(self) -> PublishReport:
-        """Wait until every replica committed or was dropped.
-
-        Raises:
-            CommitError: fewer replicas than needed committed; ``replicas`` says what each one serves.
-            WsyncError: the error that ended the publish, the same on every trainer rank.
-        """
-        self._wait(self._over, "the commit")
-        if self._error is not None:
-            raise self._error
-        if self._report is None:
-            raise StateError(f"version {self.version} ended without a report")
-        return self._report
-
-    def _wait(self, event: threading.Event, what: str) -> None:
-        if not event.wait(max(0.0, self.deadline + 2 * _GRACE_S - time.monotonic())):
-            raise DeadlineError(f"ran out of time waiting for {what} of version {self.version}")
-
-    # ---- the worker's side
-
-    def mark_released(self) -> None:
-        """The memory was read."""
-        self.released_s = time.monotonic()
-        self._released.set()
-
-    def finish(self, report: PublishReport | None, error: WsyncError | None) -> None:
-        """The publish is over."""
-        self._report, self._error = report, error
-        outcomes = set(report.replicas.values()) if report else {"unknown"}
-        self._untouched = error is not None and outcomes <= {"old version serving"}
-        self._over.set()
-        self._released.set()
 
 
 class SourceSession:
@@ -234,7 +154,7 @@ class SourceSession:
     def _run(self, publication: Publication, previous: threading.Thread | None) -> None:
         if previous is not None:
             previous.join()
-        deadline = publication.deadline + _GRACE_S
+        deadline = publication.deadline + GRACE_S
         try:
             finished = self._serve(publication, deadline)
             error = finished.fault.to_error() if finished.fault else None
@@ -280,6 +200,8 @@ class SourceSession:
     def _take(self, message: ToClient, publication: Publication) -> None:
         if isinstance(message, Finished) and message.seq == publication.seq:
             self._finished = message
+        elif isinstance(message, Progress) and message.seq == publication.seq:
+            publication.progressed(message)
 
     def _check_incarnation(self, message: Rejoin) -> None:
         if message.incarnation != self._incarnation:
@@ -300,9 +222,9 @@ class SourceSession:
             raise StateError(f"publish {self._finished.seq} ended while this rank connected")
 
     def _cancelled(self) -> None:
-        message = self._channel.poll()
-        if message is not None and self._current is not None:
-            self._take(message, self._current)
+        while self._finished is None and (message := self._channel.poll()) is not None:
+            if self._current is not None:
+                self._take(message, self._current)
         if self._finished is not None:
             fault = self._finished.fault
             raise fault.to_error() if fault else CommitError(f"round {self._finished.seq} ended while it was sent")
@@ -330,6 +252,7 @@ class SourceSession:
             raise StateError("Begin came before Setup")
         if begin.seq != publication.seq:
             return  # a publish that this rank gave up: the coordinator ends it without this rank
+        publication.takes_part(begin.replicas)
         if begin.plan_digest != self._slice.plan_digest:
             raise PlanMismatchError(
                 f"trainer rank {self._slice.rank} holds plan {self._slice.plan_digest}, "
