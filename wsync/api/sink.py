@@ -143,7 +143,8 @@ class Sink:
             recorded = self._engine.record(tensors, self._recipes or {}, self._allow_missing)
             recording, steps = recorded.recording, recorded.last_steps
         else:
-            recording, steps = self._record(tensors), LastSteps()
+            recording = self._record(tensors)
+            steps = recording.last_steps()
         self._recording = recording
         self._constants = {}
         for constant in recording.constants:

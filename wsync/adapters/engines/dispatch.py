@@ -8,17 +8,18 @@ change live memory is ever executed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from wsync.adapters.engines.live import LiveMemory
-from wsync.adapters.engines.standins import Buffer, Part, StandIn, StridedView, buffer_like, write
+from wsync.adapters.engines.indexing import IndexedMoves
+from wsync.adapters.engines.standins import StandIn, buffer_like, write
 from wsync.adapters.engines.strided import dense_span
 from wsync.adapters.engines.tracking import TrackedMemory
+from wsync.adapters.engines.twins import computed, filled, on_meta
 from wsync.errors import RecordError
 
 aten = torch.ops.aten
@@ -27,13 +28,13 @@ aten = torch.ops.aten
 class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what a loader does with stand-ins.
 
-    Attributes:
-        memory: what it follows.
+    Args:
+        memory: what is followed.
     """
 
-    def __init__(self, live: LiveMemory) -> None:
+    def __init__(self, memory: TrackedMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.memory = TrackedMemory(live)
+        self.memory = memory
         self._handlers: dict[Any, Callable[..., Any]] = {
             aten.copy_: self._copy,
             aten.fill_: self._fill,
@@ -55,6 +56,7 @@ class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._handlers[op] = lambda func, args, kwargs: self._allocate(func, args, kwargs, None)
         for op in (aten.full_like, aten.new_full):
             self._handlers[op] = self._allocate_full
+        self._handlers |= IndexedMoves(self.memory).handlers()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,8 +71,9 @@ class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         handler = self._handlers.get(func.overloadpacket)
         if not stand_ins and not scratch and not lives and (not reads_live or _reads_no_values(func)):
             return self._execute(func, args, kwargs, mutated)
-        if handler is not None:
-            return handler(func, args, kwargs)
+        done = NotImplemented if handler is None else self._handle(handler, func, args, kwargs)
+        if done is not NotImplemented:
+            return done
         if lives:
             raise RecordError(
                 f"the loader changes the engine's {lives[0]!r} in place with {func}; only copies can be recorded"
@@ -80,7 +83,29 @@ class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [t for t in tensors if memory.is_followed(t)]
         if mutated:
             return self._compute_in_place(func, mutated, inputs)
+        if not _is_view(func) and all(memory.known(t) is not None for t in inputs):
+            return self._execute(func, tree_map(self._known, args), tree_map(self._known, kwargs), [])
         return self._view_or_compute(func, args, kwargs, inputs)
+
+    def _handle(self, handler: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a handler; an operation that writes its result into given memory is one that returns it, and a copy."""
+        outs = [a.name for a in func._schema.arguments if a.is_out]
+        if not outs:
+            return handler(func, args, kwargs)
+        base = func._overloadname.removesuffix("out").rstrip("_") or "default"
+        returning = getattr(func.overloadpacket, base, None)
+        target = kwargs.get(outs[0])
+        if returning is None or len(outs) > 1 or target is None:
+            return NotImplemented
+        found = handler(returning, args, {k: v for k, v in kwargs.items() if k != outs[0]})
+        # Torch gives the target another shape where it does not fit; that is not followed.
+        if found is NotImplemented or found.shape != target.shape:
+            return NotImplemented
+        self.memory.transfer(target, found)
+        return target
+
+    def _known(self, value: Any) -> Any:
+        return self.memory.known(value) if isinstance(value, torch.Tensor) else value
 
     # Copies.
 
@@ -112,69 +137,64 @@ class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Operations that move values into new memory.
 
     def _clone(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = buffer_like(self._on_meta(func, args, kwargs))
-        return self._written(out, [(out.twin, args[0])])
+        out = buffer_like(on_meta(self.memory, func, args, kwargs))
+        return filled(self.memory, out, [(out.twin, args[0])])
 
     def _cat(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Legacy: torch.cat ignores 1-d tensors without elements.
         parts = [t for t in args[0] if tuple(t.shape) != (0,)]
-        out = buffer_like(self._on_meta(func, args, kwargs))
+        out = buffer_like(on_meta(self.memory, func, args, kwargs))
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         position, pairs = 0, []
         for t in parts:
             pairs.append((out.twin.narrow(dim, position, t.shape[dim]), t))
             position += t.shape[dim]
-        return self._written(out, pairs)
+        return filled(self.memory, out, pairs)
 
     def _stack(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = buffer_like(self._on_meta(func, args, kwargs))
+        out = buffer_like(on_meta(self.memory, func, args, kwargs))
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        return self._written(out, [(out.twin.select(dim, i), t) for i, t in enumerate(args[0])])
+        return filled(self.memory, out, [(out.twin.select(dim, i), t) for i, t in enumerate(args[0])])
 
     def _repeat(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = buffer_like(self._on_meta(func, args, kwargs))
+        out = buffer_like(on_meta(self.memory, func, args, kwargs))
         src, repeats = args[0], args[1]
         shape = (1,) * (len(repeats) - src.dim()) + tuple(src.shape)
         tiled = out.twin.view([n for r, s in zip(repeats, shape, strict=True) for n in (r, s)])
         by_tile = tiled.permute(*range(0, 2 * len(repeats), 2), *range(1, 2 * len(repeats), 2))
-        return self._written(out, [(by_tile, src)])
+        return filled(self.memory, out, [(by_tile, src)])
 
     def _pad(self, func: Any, args: Any, kwargs: Any) -> Any:
         pads = args[1]
         fill = args[2] if len(args) > 2 else kwargs.get("value", 0)
-        twin = self._on_meta(func, args, kwargs)
+        twin = on_meta(self.memory, func, args, kwargs)
         if min(pads, default=0) < 0:
-            return self._computed(func, twin, [args[0]])
+            return computed(self.memory, func, twin, [args[0]])
         out = buffer_like(twin, torch.tensor(fill, dtype=twin.dtype))
         inside = out.twin
         for i in range(len(pads) // 2):
             dim = twin.dim() - 1 - i
             inside = inside.narrow(dim, pads[2 * i], args[0].shape[dim])
-        return self._written(out, [(inside, args[0])])
+        return filled(self.memory, out, [(inside, args[0])])
 
     def _allocate(self, func: Any, args: Any, kwargs: Any, value: float | None) -> Any:
-        twin = self._on_meta(func, args, kwargs)
+        twin = on_meta(self.memory, func, args, kwargs)
         if dense_span(twin.shape, twin.stride()) != max(twin.numel(), 1):
-            return self._computed(func, twin, [args[0]])
+            return computed(self.memory, func, twin, [args[0]])
         return buffer_like(twin, None if value is None else torch.tensor(value, dtype=twin.dtype))
 
     def _allocate_full(self, func: Any, args: Any, kwargs: Any) -> Any:
         value = args[-1] if len(args) > 1 else kwargs.get("fill_value")
         if isinstance(value, torch.Tensor):
-            return self._computed(func, self._on_meta(func, args, kwargs), [args[0]])
+            return computed(self.memory, func, on_meta(self.memory, func, args, kwargs), [args[0]])
         return self._allocate(func, args, kwargs, value)
-
-    def _written(self, out: StandIn, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> StandIn:
-        for twin, src in pairs:
-            target = StridedView(
-                out.source, int(twin.storage_offset()), tuple(twin.shape), tuple(twin.stride()), twin.dtype
-            )
-            write(target, self.memory.view(src))
-        return out
 
     # Everything else.
 
     def _item(self, func: Any, args: Any, kwargs: Any) -> Any:
+        known = self.memory.known(args[0])
+        if known is not None:
+            return func(known)
         raise RecordError(
             f"the loader reads the value of {self.memory.said(args[:1])} with item(); its decisions cannot be recorded"
         )
@@ -190,18 +210,14 @@ class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """An operation that changes stand-ins, or scratch memory by stand-ins: what it wrote is no copy any more."""
         if torch.Tag.inplace_view in func.tags:
             raise RecordError(f"the loader changes {self.memory.said(inputs)} with {func}, which cannot be recorded")
-        computed = self.memory.computation(func, inputs)
+        made = self.memory.computation(func, inputs)
         for t in mutated:
-            target = self.memory.target(t)
-            if isinstance(target.source, Part):
-                target.source.computed = target.source.computed or str(func)
-            else:
-                write(target, computed)
+            write(self.memory.target(t), made)
         returned = len(func._schema.returns)
         return None if not returned else mutated[0] if returned == 1 else tuple(mutated[:returned])
 
     def _view_or_compute(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
-        out = self._on_meta(func, args, kwargs)
+        out = on_meta(self.memory, func, args, kwargs)
         bases = {t.twin.untyped_storage()._cdata: t for t in inputs if isinstance(t, StandIn)}
 
         def wrapped(t: Any) -> Any:
@@ -210,41 +226,9 @@ class LoaderRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             base = bases.get(t.untyped_storage()._cdata) if t.is_meta else None
             if base is not None and t.element_size() == base.element_size():
                 return StandIn(base.source, t)
-            return self._computed(func, t, inputs)
+            return computed(self.memory, func, t, inputs)
 
         return tree_map(wrapped, out)
-
-    def _computed(self, func: Any, twin: torch.Tensor, inputs: list[torch.Tensor]) -> StandIn:
-        """The result of an operation that is no copy; it remembers which one, and of what."""
-        out = StandIn(Buffer(twin.shape, twin.dtype), torch.empty(twin.shape, dtype=twin.dtype, device="meta"))
-        write(out.view_of_source, self.memory.computation(func, inputs))
-        return out
-
-    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on twins, for the shapes of what it returns."""
-
-        def twin(t: Any) -> Any:
-            if isinstance(t, StandIn):
-                return t.twin
-            if isinstance(t, torch.Tensor) and not t.is_meta:
-                return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-            return t
-
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        meta_kwargs = {k: (torch.device("meta") if k == "device" else v) for k, v in tree_map(twin, kwargs).items()}
-        meta_kwargs.pop("pin_memory", None)
-        if func.overloadpacket is aten._pin_memory:
-            func, args = aten.clone.default, args[:1]
-        try:
-            return func(*tree_map(twin, args), **meta_kwargs)
-        except NotImplementedError as e:
-            raise RecordError(f"the loader uses {func} on {self.memory.said(inputs)}, which needs its values") from e
-        except RuntimeError as e:
-            if "meta" in str(e) or "fake" in str(e).lower() or "data-dependent" in str(e):
-                raise RecordError(
-                    f"the loader uses {func} on {self.memory.said(inputs)}, which needs its values"
-                ) from e
-            raise
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -2,89 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from wsync.adapters.engines.dispatch import LoaderRecorder
+from wsync.adapters.engines.coverage import Coverage, StorageCoverage
 from wsync.adapters.engines.events import Arrivals, LiveConstant, arrivals_in
 from wsync.adapters.engines.keeping import kept
-from wsync.adapters.engines.live import LiveMemory
-from wsync.adapters.engines.standins import Landing, Part, StandIn, stand_in_for
-from wsync.adapters.engines.values import ValueGuard
-from wsync.errors import DtypeMismatchError, MissingTensorError, RecordError, WsyncError
+from wsync.adapters.engines.live import LiveMemory, LiveStorage
+from wsync.adapters.engines.offering import LoadWeights as LoadWeights
+from wsync.adapters.engines.offering import Recipes as Recipes
+from wsync.adapters.engines.offering import offered_parts, run_on_stand_ins
+from wsync.adapters.engines.resolve import Landing
+from wsync.adapters.engines.sources import Part
+from wsync.adapters.engines.tracking import TrackedMemory
+from wsync.adapters.engines.widening import Widening, with_widenings
+from wsync.errors import DtypeMismatchError, MissingTensorError
 from wsync.plan.program import StorageMemory
+from wsync.session.laststep import LastSteps
 from wsync.spec.manifest import CopySpec, RankInfo, SinkRankManifest, StorageSpec, TensorSpec
-from wsync.spec.recipes import get_recipe, recipe_parts
-
-LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
-"""An engine's loader: takes (checkpoint name, tensor) pairs and copies them into live memory."""
-
-Recipes = Mapping[str, str] | Callable[[TensorSpec], str]
-"""The recipe of each checkpoint tensor: by name (what is not named gets the default), or by a function."""
-
-
-@dataclass(frozen=True)
-class StorageCoverage:
-    """How much of one live storage the recording covers, in elements.
-
-    Attributes:
-        names: the tensors in it.
-        covered: written from the checkpoint.
-        constant: set by the loader to values that are not from the checkpoint; they stay as they are.
-        total: all.
-    """
-
-    names: tuple[str, ...]
-    covered: int
-    constant: int
-    total: int
-
-    @property
-    def complete(self) -> bool:
-        """Whether every element is covered or constant."""
-        return self.covered + self.constant >= self.total
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of the engine a recording covers.
-
-    Attributes:
-        storages: those that take copies or constants.
-        not_loaded: live buffers that the loader does not touch (rotary frequencies, caches): not weights.
-        missing: parameters that it does not fill and that were allowed to be missing.
-        unused: checkpoint tensors that it ignores (a tied lm_head).
-    """
-
-    storages: tuple[StorageCoverage, ...]
-    not_loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-
-    @property
-    def covered(self) -> int:
-        """Elements that are written from the checkpoint."""
-        return sum(s.covered for s in self.storages)
-
-    @property
-    def constant(self) -> int:
-        """Elements that keep a constant."""
-        return sum(s.constant for s in self.storages)
-
-    @property
-    def total(self) -> int:
-        """Elements of all storages that the loader fills."""
-        return sum(s.total for s in self.storages)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every parameter is filled."""
-        return not self.missing and all(s.complete for s in self.storages)
 
 
 @dataclass(frozen=True)
@@ -94,14 +33,15 @@ class Recording:
     Attributes:
         recipes: of every checkpoint tensor that is taken.
         offered: the recipe in which every tensor of the name table was offered to the loader.
-        storages: the live memory that is written.
-        copies: into it.
+        storages: the live memory that is written, then the scratch memory of what is widened.
+        copies: into both.
         constants: what the loader sets itself, in order; not written by a sync.
         coverage: what is covered and what is not.
         memory: where each storage lies.
         needs_verification: something arrives in live memory otherwise than straight from a view of a checkpoint tensor
             or as a number in the loader's code: through memory that the loader allocated, through other live memory,
             as a value read by ``item()``, or as a tensor of the loader's own. Then use `verify_recording`.
+        widened: live memory whose values arrive in a narrower dtype; `last_steps` converts them at the commit.
     """
 
     recipes: dict[str, str]
@@ -112,6 +52,7 @@ class Recording:
     coverage: Coverage
     memory: list[StorageMemory]
     needs_verification: bool
+    widened: tuple[Widening, ...]
     _live: LiveMemory = field(repr=False)
     _live_idx: tuple[int, ...] = field(repr=False)
     _module: nn.Module | None = field(repr=False, default=None)
@@ -141,8 +82,19 @@ class Recording:
         """A context after which the engine's tensors are where they were before."""
         return kept(self._live.tensors, self._module)
 
+    def last_steps(self, engine: LastSteps | None = None) -> LastSteps:
+        """What is left to do when all copies have arrived: the widenings, which each have their own scratch memory.
+
+        Args:
+            engine: the last steps of the engine itself, which the result includes. What is widened into the scratch
+                memory of one of its repacks is widened before that repack prepares; what is live, at the commit.
+        """
+        return with_widenings(engine or LastSteps(), self.widened)
+
     def storage_view(self, storage_idx: int) -> torch.Tensor:
-        """The live memory of a storage as a flat tensor `[num_elements]` of its dtype."""
+        """The memory of a storage, live or scratch, as a flat tensor `[num_elements]` of its dtype."""
+        if storage_idx >= len(self._live_idx):
+            return self.widened[storage_idx - len(self._live_idx)].scratch
         return self._live.flat(self._live_idx[storage_idx])
 
     @torch.no_grad()
@@ -153,23 +105,6 @@ class Recording:
         """
         for c in self.constants:
             c.write(self.storage_view(c.storage_idx))
-
-
-def default_recipe(spec: TensorSpec) -> str:
-    """``bf16`` for bf16 and f32 tensors, ``raw`` for all others."""
-    return "bf16" if spec.dtype in ("bfloat16", "float32") else "raw"
-
-
-def recipe_of(spec: TensorSpec, recipes: Recipes | None) -> str:
-    """The declared recipe of a tensor, or the default.
-
-    Raises:
-        RecipeError: the declared one is unknown.
-    """
-    if recipes is None:
-        return default_recipe(spec)
-    name = recipes(spec) if callable(recipes) else recipes.get(spec.name, default_recipe(spec))
-    return get_recipe(name).name
 
 
 def record_loader(
@@ -185,7 +120,8 @@ def record_loader(
 
     Each tensor of the name table is offered as its recipe's parts would stand in a checkpoint of that format
     (``weight`` and, for block fp8, ``weight_scale_inv``); f32 tensors of the trainer are offered as bf16. An f32 tensor
-    that the loader puts into f32 memory is recorded with the recipe ``raw`` instead, and keeps its bits.
+    that the loader puts into f32 memory is recorded with the recipe ``raw`` instead, and keeps its bits. A bf16 or f16
+    tensor that it puts into wider memory arrives in scratch memory and is widened at the commit (`Recording.widened`).
 
     Args:
         load_weights: takes pairs of a checkpoint name and a tensor. It runs on this thread, once.
@@ -199,59 +135,19 @@ def record_loader(
 
     Raises:
         RecordError: the loader did something that cannot be recorded as copies, or failed; names operation and tensor.
-        DtypeMismatchError: a copy would convert values and no recipe gives the live dtype.
+        DtypeMismatchError: a copy would round values, and no recipe gives the live dtype.
         ShapeMismatchError: a copy's shapes differ.
         MissingTensorError: a parameter that is not filled, or not wholly.
         StateError: the loader replaced live memory.
     """
-    live = LiveMemory(params)
-    parts = [
-        Part(spec, part, recipe)
-        for spec in name_table
-        for recipe in (recipe_of(spec, recipes),)
-        for part in recipe_parts(spec.name, spec.shape, spec.dtype, recipe)
-    ]
-    recorder = LoaderRecorder(live)
-    with kept(live.tensors, module):
-        _run(load_weights, parts, recorder)
-        live.check_addresses()
-        if module is not None:
-            _check_held(live, module)
-    by_storage = recorder.memory.landings
+    memory = TrackedMemory(LiveMemory(params))
+    parts = offered_parts(name_table, recipes)
+    run_on_stand_ins(load_weights, parts, memory, module)
+    by_storage = memory.landings
     used = {landing.source.spec.name for found in by_storage for landing in found if isinstance(landing.source, Part)}
     unused = tuple(spec.name for spec in name_table if spec.name not in used)
-    found = _assemble(live, by_storage, parts, unused, set(allow_missing))
-    return replace(found, needs_verification=recorder.memory.indirect, _module=module)
-
-
-def _run(load_weights: LoadWeights, parts: Sequence[Part], recorder: LoaderRecorder) -> None:
-    offered = ""
-
-    def stand_ins() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal offered
-        for part in parts:
-            offered = part.part.name
-            yield part.part.name, stand_in_for(part)
-
-    guard = ValueGuard(recorder.memory)
-    try:
-        with torch.no_grad(), recorder, guard:
-            load_weights(stand_ins())
-        guard.check_scalars()
-    except WsyncError:
-        raise
-    except Exception as e:
-        raise RecordError(f"the engine's loader failed at or before {offered!r}: {type(e).__name__}: {e}") from e
-
-
-def _check_held(live: LiveMemory, module: nn.Module) -> None:
-    """Refuse a loader that put a stand-in where a module holds a tensor."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if isinstance(tensor, StandIn):
-            raise RecordError(
-                f"the loader replaces the engine's {name!r} by a tensor of the checkpoint; it must be written in place",
-                hint="copy into the parameter instead: param.data.copy_(tensor)",
-            )
+    found = _assemble(memory.live, by_storage, parts, unused, set(allow_missing))
+    return replace(found, needs_verification=memory.indirect, _module=module)
 
 
 def _assemble(
@@ -261,20 +157,19 @@ def _assemble(
     unused: tuple[str, ...],
     allow: set[str],
 ) -> Recording:
-    arrivals = [arrivals_in(i, s, by_storage[i]) for i, s in enumerate(live.storages)]
+    arrivals = [arrivals_in(i, s, live.shape_of(s), by_storage[i]) for i, s in enumerate(live.storages)]
     missing = _check_filled(live, arrivals, allow)
     written = [i for i, a in enumerate(arrivals) if a.covered or a.constant]
     renumbered = {old: new for new, old in enumerate(written)}
-    copies = [c for i in written for c in _moved(arrivals[i].copies, renumbered)]
     memory = live.memory()
-    storages = [live.storages[i] for i in written]
+    widened = _widenings(live, arrivals, written)
+    into_scratch = [copies for i in written for _, copies in arrivals[i].widened]
+    copies = [
+        *(c for i in written for c in _moved(arrivals[i].copies, renumbered[i])),
+        *(c for w, found in zip(widened, into_scratch, strict=True) for c in _moved(found, w.scratch_idx)),
+    ]
     coverage = Coverage(
-        storages=tuple(
-            StorageCoverage(
-                tuple(live.storages[i].names), arrivals[i].covered, arrivals[i].constant, live.storages[i].total
-            )
-            for i in written
-        ),
+        storages=tuple(_covered(live.storages[i], arrivals[i]) for i in written),
         not_loaded=tuple(
             n for i, s in enumerate(live.storages) if i not in renumbered and not s.is_parameter for n in s.names
         ),
@@ -284,22 +179,42 @@ def _assemble(
     return Recording(
         recipes=_final_recipes(arrivals, parts),
         offered={p.spec.name: p.recipe for p in parts},
-        storages=tuple(
-            StorageSpec(s.names[0], memory[i].dtype, s.num_elements) for i, s in zip(written, storages, strict=True)
+        storages=(
+            *(StorageSpec(live.storages[i].names[0], memory[i].dtype, memory[i].num_elements) for i in written),
+            *(w.spec() for w in widened),
         ),
         copies=tuple(copies),
         constants=tuple(c._replace(storage_idx=renumbered[i]) for i in written for c in arrivals[i].constants),
         coverage=coverage,
-        memory=[memory[i] for i in written],
+        memory=[*(memory[i] for i in written), *(w.memory() for w in widened)],
         needs_verification=True,
+        widened=widened,
         _live=live,
         _live_idx=tuple(written),
     )
 
 
-def _moved(copies: Iterable[CopySpec], renumbered: Mapping[int, int]) -> Iterator[CopySpec]:
+def _covered(storage: LiveStorage, found: Arrivals) -> StorageCoverage:
+    itemsize = storage.dtype.itemsize
+    widened = (found.covered - found.direct) * itemsize
+    names = tuple(storage.names)
+    return StorageCoverage(names, found.covered, found.constant, storage.total, found.direct * itemsize, widened)
+
+
+def _widenings(live: LiveMemory, arrivals: Sequence[Arrivals], written: Sequence[int]) -> tuple[Widening, ...]:
+    """Scratch memory for all that arrives in a narrower dtype; its storages come after the live ones."""
+    found: list[Widening] = []
+    for new, i in enumerate(written):
+        for region, _ in arrivals[i].widened:
+            scratch = torch.zeros(region.num_elements, dtype=region.dtype)
+            name = live.storages[i].names[0]
+            found.append(Widening(name, len(written) + len(found), new, region, scratch, live.flat(i)))
+    return tuple(found)
+
+
+def _moved(copies: Iterable[CopySpec], storage_idx: int) -> Iterator[CopySpec]:
     for c in copies:
-        yield CopySpec(c.tensor, c.role, c.box, renumbered[c.storage_idx], c.dst_offset, c.dst_strides)
+        yield CopySpec(c.tensor, c.role, c.box, storage_idx, c.dst_offset, c.dst_strides)
 
 
 def _check_filled(live: LiveMemory, arrivals: Sequence[Arrivals], allow: set[str]) -> tuple[str, ...]:
@@ -321,9 +236,9 @@ def _check_filled(live: LiveMemory, arrivals: Sequence[Arrivals], allow: set[str
 
 def _final_recipes(arrivals: Sequence[Arrivals], parts: Sequence[Part]) -> dict[str, str]:
     raw = {name for a in arrivals for name in a.raw}
-    taken = {c.tensor for a in arrivals for c in a.copies}
+    taken = {c.tensor for a in arrivals for c in a.all_copies}
     for found in arrivals:
-        rounded = {c.tensor for c in found.copies} - found.raw
+        rounded = {c.tensor for c in found.all_copies} - found.raw
         if both := sorted(raw & rounded):
             raise DtypeMismatchError(
                 f"{both[0]!r} is copied into float32 and into bfloat16 memory of one engine; a tensor has one recipe"

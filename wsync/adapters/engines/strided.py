@@ -85,6 +85,48 @@ def subtract(box: Box, hole: Box) -> list[Box]:
     return left
 
 
+def joined(runs: Sequence[BoxRun]) -> list[BoxRun]:
+    """The same copies in fewer boxes: neighbours become one where the far side goes on at one stride.
+
+    The boxes must not overlap; they come back in another order.
+    """
+    found = list(runs)
+    for dim in reversed(range(len(found[0].box.shape) if found else 0)):
+        if len(found) < 2:
+            break
+        found.sort(key=lambda run: _row_key(run, dim))
+        grown: list[BoxRun] = []
+        for run in found:
+            one = _together(grown[-1], run, dim) if grown else None
+            if one is None:
+                grown.append(run)
+            else:
+                grown[-1] = one
+        found = grown
+    return found
+
+
+def _row_key(run: BoxRun, dim: int) -> tuple[tuple[int, ...], ...]:
+    """Sorts boxes that lie in one row along a dimension next to each other."""
+    (offset, shape), strides = (run.box.offset, run.box.shape), run.strides
+    others = [v[:dim] + v[dim + 1 :] for v in (offset, shape, strides)]
+    return (*others, (offset[dim],))
+
+
+def _together(a: BoxRun, b: BoxRun, dim: int) -> BoxRun | None:
+    if _row_key(a, dim)[:-1] != _row_key(b, dim)[:-1] or a.box.end[dim] != b.box.offset[dim]:
+        return None
+    extents = (a.box.shape[dim], b.box.shape[dim])
+    distance = b.offset - a.offset
+    if distance <= 0 or distance % extents[0]:
+        return None
+    stride = distance // extents[0]
+    if any(n > 1 and run.strides[dim] != stride for n, run in zip(extents, (a, b), strict=True)):
+        return None
+    shape = (*a.box.shape[:dim], sum(extents), *a.box.shape[dim + 1 :])
+    return BoxRun(Box(a.box.offset, shape), a.offset, (*a.strides[:dim], stride, *a.strides[dim + 1 :]))
+
+
 def dense_span(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """Elements of the gapless interval that the strides cover once, or None where they leave gaps or overlap."""
     expected = 1

@@ -6,25 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from wsync.adapters.engines.known import KnownValues
 from wsync.adapters.engines.live import LiveMemory, LivePlace
-from wsync.adapters.engines.standins import (
-    Buffer,
-    Computed,
-    Constant,
-    Conversion,
-    Initial,
-    Landing,
-    Part,
-    StandIn,
-    StridedView,
-    axes_of,
-    note,
-    note_constant,
-    resolve,
-    write,
-)
+from wsync.adapters.engines.resolve import Landing, note_landing, resolve
+from wsync.adapters.engines.sources import Buffer, Computed, Constant, Conversion, Initial, Part
+from wsync.adapters.engines.standins import StandIn, StridedView, axes_of, write
 from wsync.adapters.engines.strided import Axis, box_runs
 from wsync.errors import RecordError, ShapeMismatchError
 
@@ -45,6 +34,7 @@ class TrackedMemory:
         self.live = live
         self.landings: list[list[Landing]] = [[] for _ in live.storages]
         self.indirect = False
+        self._known = KnownValues(live, self.landings)
         self._live_buffers: dict[int, tuple[Buffer, int]] = {}
         self._scratch: dict[int, tuple[Buffer, torch.Tensor]] = {}
         self._allocated: dict[int, tuple[int, ...]] = {}
@@ -73,6 +63,16 @@ class TrackedMemory:
     def is_followed(self, tensor: torch.Tensor) -> bool:
         """Whether its values are not those that plain torch would read."""
         return isinstance(tensor, StandIn) or self.scratch_of(tensor) is not None or self.live_name(tensor) is not None
+
+    def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A tensor whose values no checkpoint changes, as plain memory; None where they are not known."""
+        if not self.is_followed(tensor):
+            return tensor
+        # What is read here is read by the recorder, not by the loader.
+        with _disable_current_modes():
+            if isinstance(tensor, StandIn):
+                return self._known.of_view(tensor.view_of_source)
+            return None if self.live_name(tensor) is None else self._known.of_live(tensor)
 
     def view(self, tensor: torch.Tensor) -> StridedView | Constant | Computed:
         """What a tensor reads: a view of a source, plain values, or what cannot be followed."""
@@ -159,21 +159,27 @@ class TrackedMemory:
         """
         name = self.written_name(dst)
         try:
+            if not dst.numel():
+                torch.empty(src.shape, device="meta").expand(dst.shape)
+                return
             source = self.view(src)
             if name is None:
                 write(self.target(dst), source)
                 return
-            self.indirect |= not literal and not (isinstance(source, StridedView) and isinstance(source.source, Part))
-            self._land(name, dst, source)
+            self.indirect |= not literal and not _is_straight(source)
+            self.land(name, dst, source)
         except RuntimeError as e:
             where = f"the engine's {name!r}" if name else "a buffer"
             shapes = f"of shape {tuple(src.shape)} into {where} of shape {tuple(dst.shape)}"
             raise ShapeMismatchError(f"the loader copies {self.said([src])} {shapes}: {e}") from e
 
-    def _is_unwritten(self, tensor: torch.Tensor) -> bool:
-        return bool(self._unwritten) and tensor.untyped_storage()._cdata in self._unwritten
+    def land(self, name: str, dst: torch.Tensor, src: StridedView | Constant | Computed) -> None:
+        """Note what arrives in a view of live memory.
 
-    def _land(self, name: str, dst: torch.Tensor, src: StridedView | Constant | Computed) -> None:
+        Raises:
+            RecordError: the values are not those of a checkpoint tensor, or cannot be followed.
+            RuntimeError: as torch does, where ``src`` does not broadcast.
+        """
         place = self.live.place(dst)
         if place is None:
             raise RecordError(
@@ -182,6 +188,11 @@ class TrackedMemory:
         if isinstance(src, Computed):
             raise RecordError(
                 f"the loader copies {src.operation}, which cannot be followed, into the engine's {name!r}"
+            )
+        if place.storage_idx in self._known.read:
+            raise RecordError(
+                f"the loader reads values of the engine's {name!r} and writes it later; what it decided by them cannot "
+                "be recorded"
             )
         shape, strides = tuple(dst.shape), tuple(dst.stride())
         if isinstance(src, Constant):
@@ -200,6 +211,9 @@ class TrackedMemory:
                 raise RecordError(f"{e.message} (into the engine's {name!r})", hint=e.hint) from e
         arriving = [a for landing in landings if (a := self._arriving(name, place, landing)) is not None]
         self.landings[place.storage_idx].extend(arriving)
+
+    def _is_unwritten(self, tensor: torch.Tensor) -> bool:
+        return bool(self._unwritten) and tensor.untyped_storage()._cdata in self._unwritten
 
     def _arriving(self, name: str, place: LivePlace, landing: Landing) -> Landing | None:
         """A landing in the storage's dtype, or None where live bytes stay what they are."""
@@ -220,8 +234,7 @@ class TrackedMemory:
             )
         buffer = self._live_buffer(place.storage_idx)
         runs = box_runs(buffer.shape, landing.near_offset, landing.far_offset, landing.axes)
-        untouched = not any(run.box.intersect(w.box) for run in runs for w in buffer.writes)
-        return None if untouched else landing
+        return landing if any(buffer.is_written(run.box) for run in runs) else None
 
     # Live memory as a source: what arrived in it so far.
 
@@ -239,17 +252,14 @@ class TrackedMemory:
             0,
         )
         for landing in landings[seen:]:
-            source = landing.source
-            if isinstance(source, Constant):
-                shape, strides = tuple(a.extent for a in landing.axes), tuple(a.far for a in landing.axes)
-                note_constant(buffer, landing.far_offset, shape, strides, source.value)
-                continue
-            axes = [Axis(a.extent, a.far, a.near) for a in landing.axes]
-            # Bytes from before the loader ran are those of this very buffer without any write.
-            origin = source if isinstance(source, Part) else buffer
-            note(buffer, landing.far_offset, origin, landing.near_offset, axes, landing.conversions, num_writes=0)
+            note_landing(buffer, landing)
         self._live_buffers[storage_idx] = (buffer, len(landings))
         return buffer
+
+
+def _is_straight(view: StridedView | Constant | Computed) -> bool:
+    """Whether a view is of a checkpoint tensor as it came."""
+    return isinstance(view, StridedView) and isinstance(view.source, Part) and view.source.overwritten is None
 
 
 def _strided(buffer: Buffer, offset: int, tensor: torch.Tensor) -> StridedView:

@@ -88,7 +88,10 @@ class ValueGuard(TorchFunctionMode):
         if scalars:
             return self._use(func, args, kwargs, scalars[0])
         if func is Tensor.item and self.memory.is_followed(args[0]):
-            return self._read(args[0])
+            known = self.memory.known(args[0])
+            return self._read(args[0]) if known is None else func(known)
+        if func is Tensor.tolist and (known := self.memory.known(args[0])) is not None:
+            return func(known)
         if func in _HANDS_OUT and isinstance(args[0], Tensor) and self.memory.is_followed(args[0]):
             raise RecordError(
                 f"the loader uses {func.__name__}() on {self.memory.said(args[:1])}; only copies by torch are recorded"

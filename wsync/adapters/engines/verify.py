@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from wsync.adapters.engines.events import LiveConstant
-from wsync.adapters.engines.recorder import LoadWeights, Recording
+from wsync.adapters.engines.offering import LoadWeights
+from wsync.adapters.engines.recorder import Recording
 from wsync.errors import RecordError
 from wsync.spec.manifest import CopySpec, TensorSpec
 from wsync.spec.recipes import recipe_parts
@@ -30,24 +31,46 @@ def coded_tensor(name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     return values.reshape(shape)
 
 
+PartOf = Callable[[str, str], torch.Tensor]
+"""Gives the part of a checkpoint name and a role (``"weight"`` or ``"scale"``)."""
+
+
 @torch.no_grad()
-def replay(recording: Recording, part_of: Callable[[str, str], torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    """Execute a recording with plain torch: its constants, then its copies.
+def replay(recording: Recording, part_of: PartOf, targets: Sequence[torch.Tensor]) -> None:
+    """Execute a recording with plain torch: its constants, its copies, then its widenings.
 
     Args:
-        part_of: gives the part of a checkpoint name and a role (``"weight"`` or ``"scale"``).
-        targets: a flat tensor for each storage of the recording.
+        part_of: gives checkpoint tensors.
+        targets: a flat tensor for each storage of the recording, those of scratch memory included.
     """
     for storage_idx, target in enumerate(targets):
         constants = [c for c in recording.constants if c.storage_idx == storage_idx]
         _replay(target, constants, [c for c in recording.copies if c.storage_idx == storage_idx], part_of)
+    written = {c.storage_idx for c in recording.copies}
+    for one in recording.widened:
+        if one.scratch_idx in written:
+            one.write(targets[one.scratch_idx], targets[one.live_idx])
+
+
+@torch.no_grad()
+def replay_storage(recording: Recording, storage_idx: int, target: torch.Tensor, part_of: PartOf) -> None:
+    """Execute all that ends up in one live storage, with what is widened into it, on a flat tensor like it."""
+    into = defaultdict(list)
+    for c in recording.copies:
+        into[c.storage_idx].append(c)
+    _replay(target, [c for c in recording.constants if c.storage_idx == storage_idx], into[storage_idx], part_of)
+    for one in recording.widened:
+        if one.live_idx == storage_idx:
+            narrow = torch.empty_like(one.scratch)
+            _replay(narrow, (), into[one.scratch_idx], part_of)
+            one.write(narrow, target)
 
 
 def _replay(
     target: torch.Tensor,
     constants: Iterable[LiveConstant],
     copies: Iterable[CopySpec],
-    part_of: Callable[[str, str], torch.Tensor],
+    part_of: PartOf,
 ) -> None:
     start = int(target.storage_offset())
     for constant in constants:
@@ -90,13 +113,10 @@ def _compare(recording: Recording, name_table: Sequence[TensorSpec], before: Seq
         parts = recipe_parts(spec.name, spec.shape, spec.dtype, recording.recipes[name])
         return next(coded_tensor(p.name, p.shape, p.dtype) for p in parts if p.role == role)
 
-    copies: dict[int | None, list[CopySpec]] = defaultdict(list)
-    for c in recording.copies:
-        copies[c.storage_idx].append(c)
     for (name, live, storage_idx), saved in zip(recording.live_views(), before, strict=True):
         expected = saved.clone()
-        constants = [c for c in recording.constants if c.storage_idx == storage_idx]
-        _replay(expected, constants, copies[storage_idx], part_of)
+        if storage_idx is not None:
+            replay_storage(recording, storage_idx, expected, part_of)
         if different := int((_bytes(live) != _bytes(expected)).sum()):
             raise RecordError(
                 f"the recorded copies and the engine's loader leave different bytes in {name!r}: "
