@@ -15,7 +15,7 @@ WHEEL_VENV = .venv-wheel
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record dist clean
+.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm dist clean
 
 setup: $(VENV)/.ready
 
@@ -72,6 +72,10 @@ bench: setup
 record: setup
 	$(BIN)/wsync bench e2e --preset qwen3-0.6b --json bench/records/e2e_qwen3_0.6b.json --chart docs/e2e_qwen3_0.6b.png
 	$(BIN)/python -m wsync.bench.markdown bench/records/e2e_qwen3_0.6b.json README.md
+
+# The same for the server: about ten minutes, on a machine that does nothing else.
+record-vllm: $(VENV)/.ready-vllm
+	$(BIN)/wsync bench vllm --preset qwen3-0.6b --json bench/records/vllm_qwen3_0.6b.json
 
 dist: setup
 	rm -rf dist

@@ -3,8 +3,9 @@
 python examples/vllm_rl.py                   # makes a toy model, starts the server and two trainer ranks
 python examples/vllm_rl.py --model <folder>  # a checkpoint of your own; it has to fit twice into this machine's memory
 
-The server needs `pip install wsync-rl[vllm]`; the trainer needs torch and transformers alone. The gradients here are of
-a toy loss: the point is how versions travel. What is printed is asked of the server after each publish.
+The server needs `pip install wsync-rl[vllm]`; the trainer needs torch and transformers alone. The model learns to go on
+with WANTED after PROMPT, in three steps; after each publish the server is asked what it thinks of WANTED now, and
+the trainer computes the same from its own weights.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import wsync
 
-NUM_RANKS, NUM_STEPS, PROMPT = 2, 3, [3, 14, 15, 92, 65, 35]  # token ids: any model of 93 tokens or more has them
+NUM_RANKS, NUM_STEPS = 2, 3
+PROMPT, WANTED = [3, 14, 15, 92], [65, 35, 89, 79]  # token ids: any model of 93 tokens or more has them
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -39,30 +41,25 @@ def train(rank: int, args: argparse.Namespace) -> None:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(rank))
-
-    def own_log_probability(token: int) -> float:
-        """What the trainer itself thinks of a first token, in f32. Both ranks compute it: layers are gathered."""
-        with torch.no_grad():
-            return model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)[token].item()
+    tokens = torch.tensor([PROMPT + WANTED])
+    labels = torch.tensor([[-100] * len(PROMPT) + WANTED])
 
     def show(what: str) -> None:
-        """Ask the server what it serves and generates, and compare with the trainer."""
-        answer = complete(args.server) if rank == 0 else None
-        first = torch.tensor([answer["token_ids"][0] if answer else 0])
-        dist.broadcast(first, 0)
-        ours = own_log_probability(int(first))
-        if answer:
-            version, theirs = server.weight_info()["weight_version"], answer["logprobs"]["token_logprobs"][0]
-            print(f"{what}: weight_version {version!r}, tokens {answer['token_ids']}, ", end="")
-            print(f"log p of the first: server {theirs:.4f}, trainer {ours:.4f}", flush=True)
+        """What server and trainer think of WANTED: mean log-probability of a token."""
+        with torch.no_grad():  # on both ranks: FSDP gathers layer after layer
+            ours = -model(tokens, labels=labels).loss.item()
+        if rank == 0:
+            generated, theirs = ask(args.server)
+            version = server.weight_info()["weight_version"]
+            print(f"{what}: weight_version {version!r}, generates {generated}, ", end="")
+            print(f"log p of WANTED: server {theirs:.4f}, trainer {ours:.4f}", flush=True)
 
     server = HTTPServer(args.server)
     source = wsync.Source(model, store=f"tcp://127.0.0.1:{args.store}", key_file=args.key_file)
     with source, Fleet(source, [server], key_file=args.key_file) as fleet:
         show("the checkpoint")
         for step in range(1, NUM_STEPS + 1):
-            model(tokens, labels=tokens).loss.backward()
+            model(tokens, labels=labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             publication = fleet.publish(version=step)
@@ -72,16 +69,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def complete(url: str) -> dict:
-    """What the server generates for the prompt, greedily."""
-    body = {
-        "model": "toy",
-        "prompt": PROMPT,
-        "max_tokens": 6,
-        "temperature": 0,
-        "logprobs": 1,
-        "return_token_ids": True,
-    }
+def ask(url: str) -> tuple[list[int], float]:
+    """What the server generates after PROMPT, greedily, and what it thinks of WANTED in that place."""
+    generated = complete(url, prompt=PROMPT, max_tokens=len(WANTED), return_token_ids=True)["token_ids"]
+    echoed = complete(url, prompt=PROMPT + WANTED, max_tokens=1, echo=True, logprobs=1)["logprobs"]["token_logprobs"]
+    return generated, sum(echoed[len(PROMPT) : len(PROMPT) + len(WANTED)]) / len(WANTED)
+
+
+def complete(url: str, **options: object) -> dict:
+    body = {"model": "toy", "temperature": 0, **options}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:

@@ -108,6 +108,15 @@ def test_calls_in_a_row_share_one_connection(stand_in):
     assert len(stand_in.connections) == 1
 
 
+def test_a_connection_is_given_up_after_an_error_which_vllms_server_ends_it_with(stand_in):
+    server = HTTPServer(stand_in.url)
+    stand_in.answers["/start_weight_update"] = (500, {"error": "no"})
+    with pytest.raises(TransportError):
+        server.start_weight_update()
+    server.resume()
+    assert len(stand_in.connections) == 2
+
+
 def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again(stand_in, monkeypatch):
     server = HTTPServer(stand_in.url)
     server.resume()

@@ -14,7 +14,7 @@ import wsync
 from wsync.errors import CommitError, ConfigError, ConnectError, DeadlineError, NonFiniteError, TransportError
 from wsync.integrations.vllm import Fleet
 from wsync.integrations.vllm import worker as worker_module
-from wsync.integrations.vllm.fleet import pause_policy
+from wsync.integrations.vllm.choices import pause_policy
 
 
 class FourMethods:
@@ -370,6 +370,12 @@ def test_closing_lets_the_servers_go(trainer, server):
         publish(trainer, fleet, 1)
     assert server.workers[0]._sink is None
     fleet.close()
+
+
+def test_options_cannot_redirect_a_server(trainer, server):
+    with pytest.raises(ConfigError, match=r"options has \['store'\]"):
+        trainer.fleet(server, options={"store": "tcp://127.0.0.1:1"})
+    assert server.calls == []
 
 
 @pytest.mark.parametrize("store", ["tcp://0.0.0.0:29600", "tcp://[::]:29600"])

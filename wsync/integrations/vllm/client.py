@@ -189,7 +189,7 @@ class HTTPServer:
         except (OSError, http.client.HTTPException) as e:
             connection.close()
             raise ConnectError(f"{self.base_url}{route} cannot be reached: {type(e).__name__}: {e}") from e
-        if response.will_close:
+        if response.will_close or response.status >= 400:  # vLLM's server hangs up after an error, without saying so
             connection.close()
         else:
             self._idle.append((connection, time.monotonic()))

@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wsync.errors import ConfigError, StateError, TransportError, WsyncError
+from wsync.integrations.vllm.choices import pause_policy, reachable_store, worker_options
 from wsync.integrations.vllm.client import HTTPServer, WeightSyncClient
 from wsync.integrations.vllm.reports import LOST, FleetReport, ServerReport
 from wsync.integrations.vllm.together import all_succeeded, ranks_meet
-from wsync.integrations.vllm.update import PausePolicy, Server, ServerUpdate, limited, named_errors
+from wsync.integrations.vllm.update import Server, ServerUpdate, limited, named_errors
 
 if TYPE_CHECKING:
     from wsync.api import Publication, PublishReport, Source
@@ -26,18 +27,6 @@ back by themselves, with their next ping."""
 _POLL_S = 0.05
 _GRACE_S = 15.0
 """Seconds past a publish's deadline in which a server that failed is brought to a known state."""
-
-CACHES = {
-    ("keep", "recompute"): True,
-    ("keep", "keep"): False,
-    ("abort", "drop"): True,
-    ("abort", "recompute"): True,
-    ("abort", "keep"): False,
-    ("wait", "drop"): True,
-    ("wait", "recompute"): True,
-    ("wait", "keep"): False,
-}
-"""vLLM's ``clear_cache`` for each pair of pause and caches."""
 
 
 class FleetPublication:
@@ -110,7 +99,8 @@ class Fleet:
             itself is never sent.
         store: address of the trainer as the servers reach it; None takes the Source's.
         recipes: recipe by checkpoint name, for all servers.
-        options: further fields of `WsyncInitInfo`, for all servers.
+        options: further fields of `WsyncInitInfo` for all servers: ``allow_missing``, ``num_threads``, ``mode``,
+            ``join_deadline_s``.
         deadline_s: seconds for the servers to join, and of a publish that gives none.
 
     Raises:
@@ -138,7 +128,7 @@ class Fleet:
         self._policy = pause_policy(pause, caches)
         self._source = source
         self._deadline_s = deadline_s
-        self._options = dict(options or {})
+        self._options = worker_options(options or {})
         if key_file is not None:
             self._options["key_file"] = os.path.abspath(key_file)
         if recipes is not None:
@@ -155,7 +145,7 @@ class Fleet:
 
     def _begin(self, servers: Sequence[str | WeightSyncClient], names: Sequence[str] | None, store: str | None) -> None:
         if self._source.rank == 0:
-            self._store = _reachable(store or self._source.store)
+            self._store = reachable_store(store or self._source.store)
             self._join_all([self._enter(s, names[i] if names else None) for i, s in enumerate(servers)])
 
     def _together(self, begin: Callable[[], None]) -> None:
@@ -244,7 +234,8 @@ class Fleet:
             "join_deadline_s": self._deadline_s,
             **self._options,
         }
-        with limited(server.client, self._deadline_s), named_errors(server, "init_weight_transfer_engine"):
+        # A worker that gives up says more than a call that does.
+        with limited(server.client, self._deadline_s + _APPEAR_S), named_errors(server, "init_weight_transfer_engine"):
             server.client.init_weight_transfer_engine(info)
         server.replicas = self._await_replicas(server, time.monotonic() + _APPEAR_S)
 
@@ -333,43 +324,11 @@ class Fleet:
         self.close()
 
 
-def pause_policy(pause: str, caches: str | None) -> PausePolicy:
-    """vLLM's arguments for a choice of pause and caches.
-
-    Raises:
-        ConfigError: an unknown value, or a pair that vLLM cannot do.
-    """
-    modes = sorted({mode for mode, _ in CACHES})
-    if pause not in modes:
-        raise ConfigError(f"pause must be one of {modes}, got {pause!r}")
-    if caches is None:
-        caches = "recompute" if pause == "keep" else "drop"
-    if caches not in ("recompute", "keep", "drop"):
-        raise ConfigError(f"caches must be 'recompute', 'keep' or 'drop', got {caches!r}")
-    if (pause, caches) not in CACHES:
-        raise ConfigError(
-            f"pause={pause!r} and caches={caches!r} do not go together: the prefix cache is not dropped under requests "
-            "that are frozen and use it",
-            hint="caches='recompute' drops it and computes what the frozen requests need again",
-        )
-    return PausePolicy(pause, CACHES[pause, caches])
-
-
 def _outcome(publication: Publication) -> tuple[PublishReport | None, WsyncError | None]:
     try:
         return publication.wait_committed(), None
     except WsyncError as e:
         return None, e
-
-
-def _reachable(store: str) -> str:
-    """Refuse an address that only its own machine can bind."""
-    if re.match(r"tcp://(0\.0\.0\.0|\[::\]|\*)", store):
-        raise ConfigError(
-            f"servers cannot reach the store at {store}, which is every address of the trainer's machine",
-            hint="give Fleet store='tcp://<name or address of trainer rank 0>:<port>'",
-        )
-    return store
 
 
 def _num_engines(server: Server) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wsync.errors import ConnectError, DeadlineError, WsyncError
+from wsync.integrations.vllm.choices import PausePolicy
 from wsync.integrations.vllm.client import PausableClient
 from wsync.integrations.vllm.reports import ABSENT, COMMITTED, LOST, OLD_VERSION, POISONED, ServerReport
 
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
 _CLEANUP_S = 10.0
 """Seconds that a server is given to resume, past the publish's deadline if need be."""
 _OUTCOME_POLL_S = 0.02
-
-
-@dataclass(frozen=True)
-class PausePolicy:
-    """How a server is paused.
-
-    Attributes:
-        mode: vLLM's: ``"keep"``, ``"abort"`` or ``"wait"``.
-        clear_cache: vLLM's.
-    """
-
-    mode: str
-    clear_cache: bool
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import nn
 from wsync.adapters.engines.recorder import Recipes, Recording, record_loader
 from wsync.adapters.engines.verify import verify_recording
 from wsync.adapters.engines.vllm.load_view import LoadView, build_load_view
+from wsync.adapters.engines.vllm.recipes import engine_recipes
 from wsync.adapters.engines.vllm.repacking import LayerRepack, refresh_attention
 from wsync.adapters.engines.vllm.self_test import checkpoint_of, self_test
 from wsync.adapters.engines.vllm.shadow import post_process
@@ -91,6 +92,8 @@ class VLLMEngine:
         view.check()
         load_weights: Callable[..., Any] = getattr(self.model, "load_weights")  # noqa: B009  (no attribute of nn.Module)
         with view.applied(), self._context():
+            quantisation = getattr(self._vllm_config, "quant_config", None)
+            recipes = engine_recipes(load_weights, name_table, view.tensors, self.model, quantisation, recipes)
             recording = record_loader(
                 load_weights, name_table, view.tensors, recipes, allow_missing=allow_missing, module=self.model
             )
@@ -220,7 +223,7 @@ def _joint(layers: Sequence[LayerRepack], storages: set[int]) -> Repack:
     return Repack(
         name=" and ".join(layer.name for layer in layers),
         storages=frozenset(storages),
-        prepare=each(LayerRepack.prepare),
-        commit=each(LayerRepack.commit),
-        discard=each(LayerRepack.discard),
+        prepare=each(lambda layer: layer.prepare()),
+        commit=each(lambda layer: layer.commit()),
+        discard=each(lambda layer: layer.discard()),
     )

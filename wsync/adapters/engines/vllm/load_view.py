@@ -218,12 +218,22 @@ class _Shared:
 
 def _shared_scratch(layers: Sequence[_Found]) -> _Shared:
     shared = _Shared()
-    for _, layer, effect in layers:
-        if effect is not None and not effect.in_place:
-            live = registered(layer)
-            for key, at_load in load_time_tensors(layer).items():
-                if key in live and live[key].numel() and Placed.of(live[key]) not in shared.scratch:
-                    shared.scratch[Placed.of(live[key])] = _scratch(at_load, live[key])
+    holders: dict[Placed, tuple[str, bool]] = {}
+    for name, layer, effect in layers:
+        if effect is None or effect.in_place:
+            continue
+        live = registered(layer)
+        for key, at_load in load_time_tensors(layer).items():
+            if key not in live or not live[key].numel():
+                continue
+            place, stays = Placed.of(live[key]), effect.slow or key in effect.kept
+            if place not in shared.scratch:
+                shared.scratch[place] = _scratch(at_load, live[key])
+            elif not (stays and holders[place][1]):
+                raise RecordError(
+                    f"{_full(name, key)!r} is {holders[place][0]!r}, too, and post-processing changes it in both layers"
+                )
+            holders[place] = (_full(name, key), stays)
     return shared
 
 
