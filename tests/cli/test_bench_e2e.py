@@ -1,15 +1,14 @@
 """The main job as users run it: real processes, every byte verified, and every failure named."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from bench_runs import COMMAND, check_nothing_is_left, environment, run_bench
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(240)]
 
@@ -23,34 +22,11 @@ def deep(*values: object) -> object:
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "wsync.cli.main", "bench", "e2e", *args]
-
-
-def environment(tmp_path: Path) -> dict[str, str]:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir(exist_ok=True)
-    return {**os.environ, "TMPDIR": str(temporary), "NO_COLOR": "1"}
+    return [*COMMAND, "e2e", *args]
 
 
 def bench(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run the command and check that nothing of it is left."""
-    process = subprocess.Popen(
-        command(*args), env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    out, err = process.communicate(timeout=220)
-    check_nothing_is_left(tmp_path, process.pid)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def check_nothing_is_left(tmp_path: Path, pid: int) -> None:
-    marker = str(tmp_path / "temporary").encode()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            assert marker not in path.read_bytes(), f"process {path.parent.name} is still there"
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    assert list((tmp_path / "temporary").iterdir()) == []
-    assert list(Path("/dev/shm").glob(f"wsync-bench-{pid}-*")) == []
+    return run_bench(tmp_path, "e2e", *args)
 
 
 @pytest.fixture(scope="module")

@@ -353,8 +353,9 @@ def test_a_server_can_be_added_and_removed(trainer, server):
 
 def test_a_server_that_says_no_ends_the_constructor_with_its_words(trainer, server):
     server.fail["init"] = TransportError("http://x answered 500: Weight transfer not configured")
-    with pytest.raises(TransportError, match="Weight transfer not configured"):
+    with pytest.raises(TransportError, match="Weight transfer not configured") as caught:
         trainer.fleet(server)
+    assert "--weight-transfer-config" in caught.value.hint
 
 
 def test_a_server_whose_workers_have_another_backend_is_reported(trainer, server, monkeypatch):

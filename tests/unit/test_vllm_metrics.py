@@ -31,8 +31,10 @@ sys.stdin.read()
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setenv(metrics.DIRECTORY, str(tmp_path))
-    return tmp_path
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    monkeypatch.setenv(metrics.DIRECTORY, str(private))
+    return private
 
 
 def scraped(collector):
@@ -177,17 +179,60 @@ def test_several_api_servers_read_prometheus_clients_own_files(tmp_path, monkeyp
     assert sorted_labels(lines) == EXPECTED
 
 
-def test_a_server_makes_a_private_directory_once_and_removes_it():
-    code = (
-        "import os, stat\n"
-        "from wsync.integrations.vllm import metrics\n"
-        "metrics.serve_metrics(); d = os.environ[metrics.DIRECTORY]; metrics.serve_metrics()\n"
-        "assert os.environ[metrics.DIRECTORY] == d and stat.S_IMODE(os.stat(d).st_mode) == 0o700\n"
-        "pid = os.fork()\n"
-        "if pid == 0: raise SystemExit(0)\n"  # a child that ends orderly must not take it away
-        "os.waitpid(pid, 0); assert os.path.isdir(d); print(d)\n"
+SERVER = """
+import os, signal, stat, sys, tempfile, types
+from wsync.integrations.vllm import metrics
+metrics.serve_metrics()
+directory = os.environ[metrics.DIRECTORY]
+metrics.serve_metrics()
+assert os.environ[metrics.DIRECTORY] == directory and not os.path.exists(directory)
+worker = metrics.WorkerMetrics("engine-0", 0)
+assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+pid = os.fork()
+if pid == 0:
+    raise SystemExit(0)  # a child that ends orderly must not take it away
+os.waitpid(pid, 0)
+assert os.path.isdir(directory)
+print(directory, flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "left":
+    worker.close()
+    assert not os.path.exists(directory)
+"""
+
+
+def run_server(folder, how):
+    environment = {k: v for k, v in os.environ.items() if k not in (metrics.DIRECTORY, "PROMETHEUS_MULTIPROC_DIR")}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER, how],
+        capture_output=True,
+        text=True,
+        env=environment | {"TMPDIR": str(folder)},
+        check=False,
     )
-    environment = {k: v for k, v in os.environ.items() if k != metrics.DIRECTORY}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not os.path.exists(done.stdout.strip())
+    assert done.stdout.strip(), done.stderr
+    assert how == "killed" or done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("how", ["ended", "left"])
+def test_a_server_leaves_no_directory_behind(tmp_path, how):
+    run_server(tmp_path, how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next_and_that_of_a_living_one_is_not(tmp_path):
+    killed = run_server(tmp_path, "killed")
+    assert os.path.isdir(killed)
+    living = tmp_path / f"wsync-metrics-{metrics._namespace()}-{os.getpid()}-0"
+    living.mkdir()
+    run_server(tmp_path, "ended")
+    assert list(tmp_path.iterdir()) == [living]
+
+
+def test_a_directory_that_others_can_write_to_is_not_used(directory):
+    directory.chmod(0o777)
+    with pytest.raises(PermissionError):
+        metrics.WorkerMetrics("engine-0", 0)
+    assert not list(directory.iterdir())

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import os
-import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
 
+from wsync.bench.cleanup import memory_folder, stop_on_sigterm, temporary_folder
 from wsync.bench.events import Began, Repeated
 from wsync.bench.launch import Workers
-from wsync.bench.limit import MemcpyRate, measure_memcpy
+from wsync.bench.limit import best_rate, measure_memcpy
 from wsync.bench.machine import describe_machine, filesystem_of, package_versions
 from wsync.bench.options import BenchOptions, Fault
 from wsync.bench.result import FORMAT_VERSION, Collector, Result, TimedSpan
@@ -60,7 +56,7 @@ def run(request: Request, argv: list[str], progress: Progress) -> tuple[Result, 
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     machine = describe_machine()
     rates = [measure_memcpy()]
-    with _stop_on_sigterm(), _folders(request) as (options, run_dir, conditions):
+    with stop_on_sigterm(), _folders(request) as (options, run_dir, conditions):
         collector = Collector(options)
         total = len(options.recipes) * len(options.rows) * (options.repeats + 1)
         done = 0
@@ -72,7 +68,7 @@ def run(request: Request, argv: list[str], progress: Progress) -> tuple[Result, 
                 if rank == 0 and isinstance(event, Began | Repeated):
                     progress(str(event.step), done, total)
     rates.append(measure_memcpy())
-    rate = _best(rates)
+    rate = best_rate(rates)
     rows = collector.rows(rate)
     result = Result(
         format_version=FORMAT_VERSION,
@@ -92,42 +88,29 @@ def run(request: Request, argv: list[str], progress: Progress) -> tuple[Result, 
     return result, collector.spans()
 
 
-def _best(rates: list[MemcpyRate]) -> MemcpyRate:
-    """Before and after the rows: the faster one is the stricter limit."""
-    best = max(rates, key=lambda rate: rate.gbps)
-    rounds = {name: [r for rate in rates for r in rate.rounds_gbps[name]] for name in best.rounds_gbps}
-    return MemcpyRate(best.gbps, best.num_cores, best.copier, rounds)
-
-
 @contextmanager
 def _folders(request: Request) -> Iterator[tuple[BenchOptions, Path, dict[str, str]]]:
     """Temporary folders of the run; nothing is left of them."""
     base = choose_workdir(request.workdir)
-    made: list[Path] = []
-    try:
-        disk_dir = _temporary(base, made)
-        tmpfs_dir = _temporary(Path("/dev/shm") if Path("/dev/shm").is_dir() else base, made)
-        run_dir = _temporary(None, made)
-        options = BenchOptions(
-            model=request.model,
-            model_name=request.model_name,
-            num_trainers=request.num_trainers,
-            num_engines=request.num_engines,
-            recipes=request.recipes,
-            baselines=request.baselines,
-            repeats=request.repeats,
-            transport=request.transport,
-            quantise_on=request.quantise_on,
-            disk_dir=str(disk_dir),
-            tmpfs_dir=str(tmpfs_dir),
-            store_dir=str(run_dir),
-            deadline_s=request.deadline_s,
-            fault=request.fault,
-        )
-        yield options, run_dir, _conditions(options)
-    finally:
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder(base) as disk_dir, temporary_folder(memory_folder(base)) as tmpfs_dir:
+        with temporary_folder(None) as run_dir:
+            options = BenchOptions(
+                model=request.model,
+                model_name=request.model_name,
+                num_trainers=request.num_trainers,
+                num_engines=request.num_engines,
+                recipes=request.recipes,
+                baselines=request.baselines,
+                repeats=request.repeats,
+                transport=request.transport,
+                quantise_on=request.quantise_on,
+                disk_dir=str(disk_dir),
+                tmpfs_dir=str(tmpfs_dir),
+                store_dir=str(run_dir),
+                deadline_s=request.deadline_s,
+                fault=request.fault,
+            )
+            yield options, run_dir, _conditions(options)
 
 
 def choose_workdir(workdir: Path | None) -> Path:
@@ -145,15 +128,6 @@ def choose_workdir(workdir: Path | None) -> Path:
     return next((c for c in candidates if filesystem_of(c)[0] not in MEMORY_FILESYSTEMS), candidates[0])
 
 
-def _temporary(parent: Path | None, made: list[Path]) -> Path:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f"wsync-bench-{os.getpid()}-", dir=parent))
-    except OSError as e:
-        raise ConfigError(f"no folder can be made in {parent or tempfile.gettempdir()}: {e.strerror}") from e
-    made.append(folder)
-    return folder
-
-
 def _conditions(options: BenchOptions) -> dict[str, str]:
     """What a reader must know of the checkpoint rows."""
     disk, tmpfs = filesystem_of(Path(options.disk_dir))[0], filesystem_of(Path(options.tmpfs_dir))[0]
@@ -162,20 +136,3 @@ def _conditions(options: BenchOptions) -> dict[str, str]:
         "tmpfs": f"{tmpfs}, no fsync",
         "baselines quantise on": f"the {options.quantise_on}s",
     }
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exit that cleans up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

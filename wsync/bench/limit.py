@@ -55,6 +55,13 @@ def measure_memcpy(rounds: int = _ROUNDS, total_bytes: int = _TOTAL_BYTES) -> Me
     return MemcpyRate(max(measured[copier]), cores, copier, measured)
 
 
+def best_rate(rates: list[MemcpyRate]) -> MemcpyRate:
+    """Before and after the rows: the faster one is the stricter limit."""
+    best = max(rates, key=lambda rate: rate.gbps)
+    rounds = {name: [r for rate in rates for r in rate.rounds_gbps[name]] for name in best.rounds_gbps}
+    return MemcpyRate(best.gbps, best.num_cores, best.copier, rounds)
+
+
 def _copiers() -> dict[str, Callable[[int, int, int], object]]:
     libc = ctypes.CDLL(None)
     libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ def isa() -> list[str]:
     return [name for name in _ISA if name in flags]
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of what the benchmark runs on."""
+def package_versions(more: Sequence[str] = ()) -> dict[str, str | None]:
+    """Versions of Python and of what the benchmark runs on; ``more`` are further packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

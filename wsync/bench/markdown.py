@@ -1,6 +1,7 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
-A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->``; what stands between them is replaced. A test compares.
+A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
+``vllm`` for those of ``wsync bench vllm``; what stands between them is replaced. A test compares.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
+from wsync.bench.options import WSYNC
 from wsync.bench.result import Result, RowResult
+from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
-_BEGIN, _END = "<!-- table: e2e -->", "<!-- end: e2e -->"
+_E2E, _VLLM = "e2e", "vllm"
+
+_R = TypeVar("_R", Result, VLLMResult)
 
 
 def load_record(path: Path) -> Result:
@@ -24,8 +30,17 @@ def load_record(path: Path) -> Result:
         ConfigError: it cannot be read.
         FormatVersionError: it has another format.
     """
+    return _load(path, Result)
+
+
+def load_vllm_record(path: Path) -> VLLMResult:
+    """A record that ``wsync bench vllm --json`` wrote; raises as `load_record`."""
+    return _load(path, VLLMResult)
+
+
+def _load(path: Path, kind: type[_R]) -> _R:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Result)
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as e:
         raise ConfigError(f"record {path} cannot be read: {e.strerror}") from e
     except msgspec.MsgspecError as e:
@@ -60,34 +75,82 @@ def table_of(result: Result) -> str:
 
 
 def _cell(row: RowResult) -> str:
-    seconds = row.seconds.p50
-    text = f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    text = _short(row.seconds.p50)
     if row.title == "wsync":
         return f"**{text}** ({100 * row.limit_share:.0f} % of the limit)"
     return f"{text} ({row.ratio:.1f} x)"
 
 
-def splice(document: str, table: str) -> str:
-    """The document with its table replaced.
+def vllm_table_of(result: VLLMResult) -> str:
+    """One row for each way of moving the weights into a vLLM server, one pair of columns for each mode, in Markdown."""
+    head = "| until the server generates with the new weights |"
+    lines = [
+        head + "".join(f" {m.mode} | paused |" for m in result.modes),
+        "|---|" + "---:|---:|" * len(result.modes),
+    ]
+    for row in result.modes[0].rows:
+        cells = [_vllm_cells(m.row(row.row), m.row(WSYNC).seconds.p50) for m in result.modes]
+        lines.append(f"| {'**wsync**' if row.row == WSYNC else row.title} | " + " | ".join(cells) + " |")
+    generation = [f"{mode.row(WSYNC).tokens_before.p50:.0f} tokens/s" for mode in result.modes]
+    lines.append("| generation before | " + " | ".join(f"{text} |" for text in generation) + " |")
+    options, machine = result.options, result.machine
+    verdict = "every version of wsync verified" if result.verdict == "ok" else "A VERDICT IS WRONG"
+    lines += [
+        "",
+        f"{options.model_name} ({result.trainer_bytes / 1e9:.2f} GB in bf16), one trainer process, vLLM "
+        f"{result.vllm_version}, {options.num_clients} clients, on one machine, {machine['cpu']}, "
+        f"{machine['num_cores']} cores, memcpy {result.memcpy.gbps:.1f} GB/s, no GPU; p50 of {options.repeats}; "
+        f"{verdict}. `wsync bench vllm --preset {options.model_name}`, "
+        "record `bench/records/vllm_qwen3_0.6b.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def _vllm_cells(row: VLLMRow, wsync_s: float) -> str:
+    """The seconds, and how long the server is paused in them. A baseline that leaves wrong weights says so."""
+    seconds, pause = _short(row.seconds.p50), _short(row.server_pause_s.p50)
+    if row.row == WSYNC:
+        return f"**{seconds}** | **{pause}**"
+    return f"{seconds} ({row.seconds.p50 / wsync_s:.1f} x){'' if row.verdict == 'ok' else ', wrong'} | {pause}"
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def splice(document: str, table: str, name: str = _E2E) -> str:
+    """The document with the table of that name replaced.
 
     Raises:
         ConfigError: it has no place for one.
     """
-    pattern = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), re.S)
+    begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+    pattern = re.compile(re.escape(begin) + r"\n.*?" + re.escape(end), re.S)
     if not pattern.search(document):
-        raise ConfigError(f"the document has no {_BEGIN} ... {_END}")
-    return pattern.sub(lambda _: f"{_BEGIN}\n{table}\n{_END}", document)
+        raise ConfigError(f"the document has no {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", document)
 
 
 def main(argv: list[str]) -> int:
     """Put the record's table into the documents."""
     if len(argv) < 2:
         raise ConfigError(f"give a record and at least one document, got {len(argv)} arguments")
-    table = table_of(load_record(Path(argv[0])))
-    for name in argv[1:]:
-        path = Path(name)
-        path.write_text(splice(path.read_text(), table))
+    name, table = _table_in(Path(argv[0]))
+    for document in argv[1:]:
+        path = Path(document)
+        path.write_text(splice(path.read_text(), table, name))
     return 0
+
+
+def _table_in(record: Path) -> tuple[str, str]:
+    """The name and the text of the table that a record makes."""
+    try:
+        return _E2E, table_of(load_record(record))
+    except FormatVersionError as e:
+        try:
+            return _VLLM, vllm_table_of(load_vllm_record(record))
+        except FormatVersionError:
+            raise e from None
 
 
 if __name__ == "__main__":

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import msgspec
 
 from wsync.bench.events import WARM_UP, Event, Memory, Recipe, Repeated, Started, Verified
+from wsync.bench.figures import Spread, spread_of
 from wsync.bench.limit import MemcpyRate, limit_seconds
 from wsync.bench.options import TITLES, WSYNC, BenchOptions
 from wsync.bench.spans import OTHER, PHASES, Span, attribute
 
 FORMAT_VERSION = 1
 """Of the JSON that ``wsync bench e2e --json`` writes."""
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """A value over the timed repeats."""
-
-    p50: float
-    min: float
-    max: float
 
 
 class RankRecord(msgspec.Struct, frozen=True):
@@ -165,17 +157,17 @@ class Collector:
 
     def _row(self, recipe: str, row: str, limit_s: float, wsync_s: float | None) -> RowResult:
         repeats = [self._repeat(recipe, row, repeat) for repeat in range(self._options.repeats)]
-        seconds = _spread([r.seconds for r in repeats])
+        seconds = spread_of([r.seconds for r in repeats])
         wire_bytes = sum(event.wire_bytes for event in self._repeats[recipe, row, 0].values())
         memory = self._memory.get((recipe, row), {})
-        phases = {phase: _spread([r.phases_s[phase] for r in repeats]) for phase in (*PHASES, OTHER)}
+        phases = {phase: spread_of([r.phases_s[phase] for r in repeats]) for phase in (*PHASES, OTHER)}
         return RowResult(
             recipe=recipe,
             row=row,
             title=TITLES[row],
             seconds=seconds,
-            stall_s=_spread([r.stall_s for r in repeats]),
-            pause_s=_spread([r.pause_s for r in repeats]),
+            stall_s=spread_of([r.stall_s for r in repeats]),
+            pause_s=spread_of([r.pause_s for r in repeats]),
             assemble_s=phases["assemble"],
             wire_s=phases["wire"],
             install_s=phases["install"],
@@ -247,7 +239,3 @@ class Collector:
 
     def _name(self, rank: int) -> str:
         return self._options.rank_name(rank).replace(" ", "/")
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))

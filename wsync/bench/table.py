@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wsync.bench.figures import format_range, format_seconds, format_size
 from wsync.bench.options import WSYNC
-from wsync.bench.result import Result, RowResult, Spread
+from wsync.bench.result import Result, RowResult
 
 
 def print_result(result: Result, console: Console) -> None:
     """Two tables (how long; where the time, bytes and memory go) and what they were measured on."""
     options = result.options
     console.print(
-        f"[bold]wsync bench e2e[/bold]: {options.model_name}, {_size(result.trainer_bytes)} in bf16, "
+        f"[bold]wsync bench e2e[/bold]: {options.model_name}, {format_size(result.trainer_bytes)} in bf16, "
         f"{options.num_trainers} FSDP2 trainer processes -> {options.num_engines} tensor-parallel engine processes, "
         f"{options.repeats} repeats"
     )
@@ -37,17 +40,17 @@ def _times(result: Result) -> Table:
         table.add_row(
             row.recipe if is_wsync else "",
             row.title,
-            _seconds(row.seconds.p50),
-            _range(row.seconds),
+            format_seconds(row.seconds.p50),
+            format_range(row.seconds),
             "" if is_wsync else f"{row.ratio:.1f} x",
             f"{100 * row.limit_share:.1f} %",
             f"{row.logical_gbps:.2f}",
             f"{row.wire_gbps:.2f}",
-            Text("ok", "green") if row.verdict == "ok" else Text("WRONG", "bold red"),
+            verdict_text(row.verdict),
             style="bold" if is_wsync else "",
         )
         if _is_last(result, row):
-            table.add_row("", "limit", _seconds(row.limit_s), "", "", "100.0 %", "", "", "", style="dim")
+            table.add_row("", "limit", format_seconds(row.limit_s), "", "", "100.0 %", "", "", "", style="dim")
             table.add_section()
     return table
 
@@ -65,10 +68,10 @@ def _details(result: Result) -> Table:
         table.add_row(
             row.recipe if row.row == WSYNC else "",
             row.title,
-            *(_seconds(spread.p50) for spread in spreads),
-            _size(row.wire_bytes),
-            _size(row.trainer_extra_bytes),
-            _size(row.engine_extra_bytes),
+            *(format_seconds(spread.p50) for spread in spreads),
+            format_size(row.wire_bytes),
+            format_size(row.trainer_extra_bytes),
+            format_size(row.engine_extra_bytes),
             style="bold" if row.row == WSYNC else "",
         )
         if _is_last(result, row):
@@ -77,14 +80,13 @@ def _details(result: Result) -> Table:
 
 
 def _notes(result: Result) -> list[str]:
-    machine, memcpy = result.machine, result.memcpy
+    memcpy = result.memcpy
     lines = [
         f"limit: (trainer bytes + engine bytes) / 2 / {memcpy.gbps:.1f} GB/s "
         f"({memcpy.copier} on {memcpy.num_cores} cores, measured in this run)",
         f"disk: {result.conditions['disk']}; tmpfs: {result.conditions['tmpfs']}; "
         f"baselines quantise on {result.conditions['baselines quantise on']}",
-        f"machine: {machine['cpu']}, {machine['num_cores']} cores, {_size(machine['memory_bytes'])}; "
-        f"torch {result.versions['torch']}, wsync {result.versions['wsync-rl']}",
+        machine_line(result.machine, result.versions),
     ]
     lines += [f"WRONG: {row.recipe}, {row.title}: {row.verdict}" for row in result.rows if row.verdict != "ok"]
     if result.verdict == "ok":
@@ -96,20 +98,14 @@ def _is_last(result: Result, row: RowResult) -> bool:
     return row.row == result.options.rows[-1]
 
 
-def _range(spread: Spread) -> str:
-    unit, factor = ("s", 1) if spread.max >= 1 else ("ms", 1e3)
-    return f"{spread.min * factor:.3g} - {spread.max * factor:.3g} {unit}"
+def verdict_text(verdict: str) -> Text:
+    """``ok``, or ``WRONG``."""
+    return Text("ok", "green") if verdict == "ok" else Text("WRONG", "bold red")
 
 
-def _seconds(value: float) -> str:
-    """Three significant digits, in seconds or milliseconds."""
-    if value >= 1:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-4 else f"{value * 1e3:.2f} ms"
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
+def machine_line(machine: dict[str, Any], versions: dict[str, str | None]) -> str:
+    """What it was measured on and with."""
+    return (
+        f"machine: {machine['cpu']}, {machine['num_cores']} cores, {format_size(machine['memory_bytes'])}; "
+        f"torch {versions['torch']}, wsync {versions['wsync-rl']}"
+    )

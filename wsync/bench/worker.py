@@ -7,20 +7,17 @@ repeats. What they measure goes to the command over a pipe.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import msgspec
 
+from wsync.bench.cleanup import die_with
 from wsync.bench.events import Began, Done, EventWriter, Failed
 from wsync.bench.options import BenchOptions
 from wsync.errors import DeadlineError, PeerLostError, WsyncError
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--events-fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args(argv)
-    _die_with(args.parent)
+    die_with(args.parent)
     options = msgspec.json.decode(Path(args.options).read_bytes(), type=BenchOptions)
     events = _LastStep(args.events_fd)
     try:
@@ -66,14 +63,6 @@ def _failure(error: Exception, who: str) -> Failed:
     if "onnection" in text or "peer" in text:
         return Failed(PeerLostError.__name__, f"{who}: {text}", "", trace)
     return Failed(WsyncError.__name__, f"{who}: {type(error).__name__}: {text}", "", trace)
-
-
-def _die_with(parent: int) -> None:
-    """A rank must not outlive the command, however that one ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

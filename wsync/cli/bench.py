@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,24 @@ from wsync.bench.options import (
     parse_fault,
     parse_names,
 )
+from wsync.bench.vllm_options import MODES, VLLMOptions, check_options
 from wsync.cli.output import EXIT_FAILED, EXIT_OK, check_writable, stderr_console, stdout_console, write_json
 from wsync.errors import ConfigError
 
 if TYPE_CHECKING:
     from wsync.bench.e2e import Progress, Request
+    from wsync.bench.result import Result
+    from wsync.bench.vllm_result import VLLMResult
 
 _TABLE_WIDTH = 130
 
 _DESCRIPTION = """Trainer processes hold an FSDP2-sharded model, engine processes hold it fused and tensor-parallel.
 Each row takes the same new weights from the first to the second, and is verified byte for byte against an engine that
 loaded a checkpoint. docs/measurement.md defines every row and column."""
+
+_VLLM_DESCRIPTION = """A trainer gives new weights to a real vLLM server while clients generate: with wsync, with vLLM's
+own reload of a checkpoint in memory, and with a packed broadcast. After each repeat the server must answer as a server
+that was started with those weights. docs/measurement.md defines every row and column."""
 
 
 def add_parser(commands: Any) -> None:
@@ -43,16 +50,14 @@ def add_parser(commands: Any) -> None:
         description=_DESCRIPTION,
         allow_abbrev=False,
     )
-    e2e.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="model (default: %(default)s)")
-    e2e.add_argument("--config", metavar="FILE", help="config.json of a Hugging Face model, instead of a preset")
+    _add_model(e2e)
     e2e.add_argument("--trainers", type=int, default=2, metavar="N", help="trainer processes (default: %(default)s)")
     e2e.add_argument("--engines", type=int, default=2, metavar="N", help="engine processes (default: %(default)s)")
     e2e.add_argument("--recipes", default=",".join(RECIPES), metavar="LIST", help="default: %(default)s")
     e2e.add_argument(
         "--baselines", default="all", metavar="LIST", help=f"all, none or some of {','.join(BASELINES)} (default: all)"
     )
-    e2e.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repeats (default: %(default)s)")
-    e2e.add_argument("--transport", default="shm", choices=("shm", "gloo"), help="of wsync (default: %(default)s)")
+    _add_run(e2e)
     e2e.add_argument(
         "--quantise-on",
         default="trainer",
@@ -60,12 +65,37 @@ def add_parser(commands: Any) -> None:
         help="where baselines quantise (default: trainer)",
     )
     e2e.add_argument("--workdir", metavar="DIR", help="where the disk baseline writes (default: the temporary folder)")
-    e2e.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
     e2e.add_argument("--chart", metavar="FILE", help="write a bar chart (PNG)")
     e2e.add_argument("--trace", metavar="FILE", help="write the phases as a Chrome/Perfetto trace (JSON)")
-    e2e.add_argument("--deadline", type=float, default=120.0, metavar="S", help="of every wait (default: %(default)s)")
-    e2e.add_argument("--fault", help=argparse.SUPPRESS)
     e2e.set_defaults(run=run_e2e)
+    vllm = kinds.add_parser(
+        "vllm",
+        help="a real vLLM server that serves, against its own reload",
+        description=_VLLM_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    _add_model(vllm)
+    vllm.add_argument(
+        "--modes", default=",".join(MODES), metavar="LIST", help="how linear weights are held (default: %(default)s)"
+    )
+    vllm.add_argument("--clients", type=int, default=4, metavar="N", help="that generate (default: %(default)s)")
+    _add_run(vllm)
+    vllm.set_defaults(run=run_vllm)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="model (default: %(default)s)")
+    parser.add_argument("--config", metavar="FILE", help="config.json of a Hugging Face model, instead of a preset")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repeats (default: %(default)s)")
+    parser.add_argument("--transport", default="shm", choices=("shm", "gloo"), help="of wsync (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
+    parser.add_argument(
+        "--deadline", type=float, default=120.0, metavar="S", help="of every wait (default: %(default)s)"
+    )
+    parser.add_argument("--fault", help=argparse.SUPPRESS)
 
 
 def run_e2e(args: argparse.Namespace) -> int:
@@ -75,7 +105,7 @@ def run_e2e(args: argparse.Namespace) -> int:
         check_writable(target, option)
     if args.chart and Path(args.chart).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ConfigError(f"--chart {args.chart}: the name must end in .png, .pdf or .svg")
-    _require_libraries(args.chart)
+    _require_libraries("bench e2e", ["matplotlib"] if args.chart else [], "bench")
 
     from wsync.bench.e2e import run
     from wsync.bench.table import print_result
@@ -89,10 +119,41 @@ def run_e2e(args: argparse.Namespace) -> int:
         from wsync.bench.chart import write_chart
 
         write_chart(result, Path(args.chart))
-    if args.json:
-        write_json(result, args.json)
-    if args.json != "-":
-        print_result(result, stdout_console(_TABLE_WIDTH))
+    return _deliver(result, args.json, lambda: print_result(result, stdout_console(_TABLE_WIDTH)))
+
+
+def run_vllm(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 if a verdict of wsync is wrong."""
+    model, model_name = load_model_config(args.preset, args.config)
+    options = check_options(
+        VLLMOptions(
+            model=model,
+            model_name=model_name,
+            modes=parse_names(args.modes, tuple(MODES), "mode"),
+            num_clients=args.clients,
+            repeats=args.repeats,
+            transport=args.transport,
+            deadline_s=args.deadline,
+            fault=args.fault or "",
+        )
+    )
+    check_writable(args.json, "--json")
+    _require_libraries("bench vllm", ["vllm"], "bench,vllm")
+
+    from wsync.bench.vllm_run import run
+    from wsync.bench.vllm_table import print_vllm_result
+
+    with _progress() as progress:
+        result = run(options, sys.argv, progress)
+    return _deliver(result, args.json, lambda: print_vllm_result(result, stdout_console(_TABLE_WIDTH)))
+
+
+def _deliver(result: Result | VLLMResult, json: str | None, show: Callable[[], None]) -> int:
+    """Write what was asked for, and return the exit status."""
+    if json:
+        write_json(result, json)
+    if json != "-":
+        show()
     return EXIT_OK if result.verdict == "ok" else EXIT_FAILED
 
 
@@ -117,13 +178,14 @@ def _request(args: argparse.Namespace) -> Request:
     )
 
 
-def _require_libraries(chart: str | None) -> None:
+def _require_libraries(command: str, further: list[str], extra: str) -> None:
+    """Refuse what could not run. A folder that happens to have the name of a package has no origin."""
     from importlib.util import find_spec
 
-    needed = ["torch", "transformers", "safetensors", *(["matplotlib"] if chart else [])]
-    missing = [name for name in needed if find_spec(name) is None]
+    specs = {name: find_spec(name) for name in ("torch", "transformers", "safetensors", *further)}
+    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
     if missing:
-        raise ConfigError(f"bench e2e needs {', '.join(missing)}", hint="pip install 'wsync-rl[bench]'")
+        raise ConfigError(f"{command} needs {', '.join(missing)}", hint=f"pip install 'wsync-rl[{extra}]'")
 
 
 @contextmanager

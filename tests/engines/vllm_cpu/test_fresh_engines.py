@@ -116,9 +116,7 @@ def test_the_comparison_sees_the_experts_that_vllms_own_reload_leaves_unpacked(l
         engine.call("update_weights", {"update_info": {"file": file}})
         engine.call("finish_weight_update", "1")
         engine.generate()
-        differences = {
-            d.name.removeprefix("rank0/") for d in compare_dumps(lab.fresh("qwen3moe", 1).dump, engine.dump())
-        }
+        differences = compare_dumps(lab.fresh("qwen3moe", 1).dump, engine.dump())
         assert engine.call("get_weight_version") == "1"
     experts = "rank0/model.layers.{}.mlp.experts.routed_experts.{}_weight"
     assert {d.name for d in differences} >= {experts.format(i, w) for i in (0, 1) for w in ("w13", "w2")}

@@ -25,6 +25,12 @@ _APPEAR_S = 10.0
 """Seconds for the ranks of a server to be seen after it said that it joined: those of before a trainer's restart come
 back by themselves, with their next ping."""
 _POLL_S = 0.05
+_OTHER_BACKEND = ("Weight transfer not configured", "Invalid init_info for")
+"""What vLLM says where its workers have no backend, or another one."""
+_BACKEND_HINT = (
+    'start the server with --weight-transfer-config \'{"backend": "wsync"}\', and with a VLLM_PLUGINS that is unset or '
+    "names wsync"
+)
 _GRACE_S = 15.0
 """Seconds past a publish's deadline in which a server that failed is brought to a known state."""
 
@@ -235,8 +241,16 @@ class Fleet:
             **self._options,
         }
         # A worker that gives up says more than a call that does.
-        with limited(server.client, self._deadline_s + _APPEAR_S), named_errors(server, "init_weight_transfer_engine"):
-            server.client.init_weight_transfer_engine(info)
+        try:
+            with (
+                limited(server.client, self._deadline_s + _APPEAR_S),
+                named_errors(server, "init_weight_transfer_engine"),
+            ):
+                server.client.init_weight_transfer_engine(info)
+        except TransportError as e:
+            if any(words in e.message for words in _OTHER_BACKEND):
+                e.hint = _BACKEND_HINT
+            raise
         server.replicas = self._await_replicas(server, time.monotonic() + _APPEAR_S)
 
     def _await_replicas(self, server: Server, end: float) -> tuple[str, ...]:
@@ -256,8 +270,7 @@ class Fleet:
         seen = "; ".join(refused or partly) or f"no replica of it (there are {sorted(self._source.replicas())})"
         return ConfigError(
             f"server {server.name!r} said that its workers joined, but the trainer at {self._store} sees {seen}",
-            hint='do they have the backend? --weight-transfer-config \'{"backend": "wsync"}\', and a VLLM_PLUGINS '
-            "that is unset or names wsync",
+            hint=_BACKEND_HINT,
         )
 
     # ---- publishing

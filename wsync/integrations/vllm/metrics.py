@@ -15,9 +15,13 @@ descendants. With several (vLLM then sets ``PROMETHEUS_MULTIPROC_DIR``), workers
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +32,7 @@ import msgspec
 
 DIRECTORY = "WSYNC_METRICS_DIR"
 """Environment variable: where workers leave their numbers."""
+_PREFIX = "wsync-metrics-"
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _MAX_BYTES = 1 << 16
 _MAX_DEPTH = 64
@@ -96,7 +101,7 @@ class WorkerMetrics:
         if os.environ.get(_MULTIPROCESS):
             self._values = _MultiprocessValues()
         elif os.environ.get(DIRECTORY):
-            self._file = Path(os.environ[DIRECTORY]) / f"{os.getpid()}-{id(self):x}.json"
+            self._file = _open_directory(Path(os.environ[DIRECTORY])) / f"{os.getpid()}-{id(self):x}.json"
         self._write()
 
     def committed(self, sink: Any) -> None:
@@ -117,7 +122,9 @@ class WorkerMetrics:
     def close(self) -> None:
         """The rank left its trainer."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another worker's file is there, or everything went with the server
+                self._file.unlink(missing_ok=True)
+                self._file.parent.rmdir()
 
     def _write(self) -> None:
         if self._values is not None:
@@ -129,6 +136,34 @@ class WorkerMetrics:
                 os.replace(fresh, self._file)
             except OSError:
                 self._file = None  # the directory went with its server
+
+
+def _open_directory(path: Path) -> Path:
+    """The server's directory, made by its first worker that joins a trainer, for this user alone.
+
+    Servers that were killed left theirs behind: those are removed.
+
+    Raises:
+        OSError: it cannot be made, or is somebody else's.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+        for other in path.parent.glob(f"{_PREFIX}{_namespace()}-*"):
+            owner = other.name.removeprefix(f"{_PREFIX}{_namespace()}-").split("-")[0]
+            if owner.isdecimal() and not _parent_and_start(int(owner))[1]:
+                shutil.rmtree(other, ignore_errors=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{path} is not a directory that only this user can write to")
+    return path
+
+
+def _namespace() -> str:
+    """In which process numbers count; containers may share a folder for temporary files."""
+    try:
+        return re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        return "0"
 
 
 class _MultiprocessValues:
@@ -194,8 +229,10 @@ def serve_metrics() -> None:
         return
     from prometheus_client import REGISTRY
 
-    if not os.path.isdir(os.environ.get(DIRECTORY, "")):
-        os.environ[DIRECTORY] = directory = tempfile.mkdtemp(prefix="wsync-metrics-")
+    if not os.environ.get(DIRECTORY):
+        # Made by the first worker that has something to write: most processes that load plug-ins never do.
+        name = f"{_PREFIX}{_namespace()}-{os.getpid()}-{secrets.token_hex(8)}"
+        os.environ[DIRECTORY] = directory = os.path.join(tempfile.gettempdir(), name)
         atexit.register(_remove, directory, os.getpid())
     registry: Any = REGISTRY
     registry.register(_Collector())

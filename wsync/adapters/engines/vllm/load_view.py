@@ -16,7 +16,14 @@ from torch import nn
 from wsync.adapters.engines.live import Placed
 from wsync.adapters.engines.vllm.probing import Effect, Run, StaleKernelError, probe
 from wsync.adapters.engines.vllm.reach import is_constant, is_native, reached
-from wsync.adapters.engines.vllm.reloading import is_attention, is_recorded, load_time_tensors, over, registered
+from wsync.adapters.engines.vllm.reloading import (
+    is_attention,
+    is_post_processed,
+    is_recorded,
+    load_time_tensors,
+    over,
+    registered,
+)
 from wsync.adapters.engines.vllm.repacking import LayerReload, LayerRepack, hold, put_back
 from wsync.adapters.engines.vllm.shadow import post_process
 from wsync.errors import RecordError, StateError
@@ -124,6 +131,7 @@ def build_load_view(model: nn.Module, run: Run = post_process, run_at_load: Run 
     Raises:
         RecordError: a layer whose post-processing cannot be followed.
     """
+    _check_no_hook(model)
     kinds = _Kinds(run, run_at_load)
     layers = [_Found(name, layer, kinds.effect(name, layer)) for name, layer in model.named_modules()]
     view = LoadView()
@@ -132,6 +140,16 @@ def build_load_view(model: nn.Module, run: Run = post_process, run_at_load: Run 
     for found in layers:
         _add(view, found, shared, kinds)
     return view
+
+
+def _check_no_hook(model: nn.Module) -> None:
+    hook = getattr(type(model), "process_weights_after_loading", None)
+    does_something = bool(hook.__code__.co_names) if isinstance(hook, FunctionType) else hook is not None
+    if does_something and not is_attention(model):
+        raise RecordError(
+            f"{type(model).__name__} post-processes itself as a whole after loading, which cannot be followed",
+            hint="vLLM's own reload leaves that out as well",
+        )
 
 
 class _Found(NamedTuple):
@@ -157,8 +175,7 @@ class _Kinds:
         absent = any(t.is_meta for t in live.values())  # of another pipeline stage
         if absent or is_attention(layer) or not (at_load or live):
             return None
-        method = getattr(layer, "quant_method", None)
-        if not callable(getattr(method, "process_weights_after_loading", None)):
+        if not is_post_processed(layer):
             return Effect(in_place=True)
         if not is_recorded(layer):
             raise RecordError(

@@ -65,6 +65,13 @@ def is_attention(layer: nn.Module) -> bool:
     return bool(is_deferred_attention_layer(layer))
 
 
+def is_post_processed(layer: nn.Module) -> bool:
+    """Whether vLLM has a layer's weights processed by its quantisation method, as also an unquantised layer has one."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    return isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
+
+
 def over(at_load: Tensor, memory: Tensor) -> Tensor:
     """``memory`` as a tensor of the kind of one at load: a remembered one without memory, or a live one."""
     if at_load.is_meta:
