@@ -35,5 +35,7 @@ def check_nothing_is_left(tmp_path: Path, pid: int) -> None:
         except OSError:
             continue
         assert not found, f"process {path.name} is still there"
-    assert list((tmp_path / "temporary").iterdir()) == []
+    # torch makes this folder, which all programs share, when it is imported.
+    left = [path.name for path in (tmp_path / "temporary").iterdir() if not path.name.startswith("torchinductor_")]
+    assert left == []
     assert list(Path("/dev/shm").glob(f"wsync-bench-{pid}-*")) == []
