@@ -320,7 +320,7 @@ def linear_of(lab, method):
 # ---- no traces
 
 
-def graph(value, seen=None, depth=7):
+def graph(value, seen=None, depth=14):
     """What can be reached from an object, by value for tensors and constants and by identity for all else."""
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
@@ -345,6 +345,7 @@ def graph(value, seen=None, depth=7):
         found.append(inner(value.__self__))
     if hasattr(value, "__dict__"):
         found.append(inner(vars(value)))
+    found += [inner(getattr(value, name, None)) for name in getattr(type(value), "__slots__", ())]
     return found
 
 
@@ -372,6 +373,9 @@ def restless(lab):
             self.kernel.table = torch.zeros(3)
             self.kernel.names = {"a"}
             self.kernel.owner = self
+            self.kernel.slotted = lab.Slotted()
+            self.kernel.slotted.packed = torch.zeros(2)
+            self.kernel.far = [{"a": [types.SimpleNamespace(table=torch.zeros(2))]}]
             self.calls = 0
 
         def process_weights_after_loading(self, layer):
@@ -380,6 +384,8 @@ def restless(lab):
             self.kernel.owner.last = layer
             self.kernel.steps.append(len(self.kernel.steps))
             self.kernel.table.add_(1)
+            self.kernel.slotted.packed.add_(1)
+            self.kernel.far[0]["a"][0].table.add_(1)
             self.kernel.names.add(f"b{len(self.kernel.names)}")
             layer.options["workspace"].fill_(7)
             layer.options["seen"] = layer.options.get("seen", 0) + 1
@@ -474,6 +480,20 @@ def test_a_correction_bias_of_gate_and_experts_changes_at_the_commit_and_expert_
     assert model.experts.e_score_correction_bias is model.gate.e_score_correction_bias
     assert torch.equal(model.experts.w13_weight, fresh["experts.w13_weight"])
     assert model.experts._expert_map.tolist() == [-1, 0]
+
+
+def test_expert_maps_are_followed_as_the_engine_has_them(lab):
+    """Made-up indices would reach behind the weights."""
+
+    class Sorts(lab.ExpertsMethod):
+        def process_weights_after_loading(self, layer):
+            order = layer._expert_map.long()
+            assert sorted(order.tolist()) == [0, 1]
+            layer.w13_weight.data = layer.w13_weight.data[order].contiguous()
+
+    served = lab.Served(lambda: lab.Model(experts=lab.Experts(Sorts())))
+    assert served.record().roads["repacked"] == 2 * 6 * 4 * 2
+    check_published(lab, served, served.version(2))
 
 
 def test_a_buffer_that_the_trainer_fills_follows_it_through_a_repacked_layer(lab):

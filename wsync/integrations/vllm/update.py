@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _CLEANUP_S = 10.0
 """Seconds that a server is given to resume, past the publish's deadline if need be."""
 _OUTCOME_POLL_S = 0.02
+_NOTICE_S = 2.0
+"""Seconds in which the coordinator notices that a process is gone."""
 
 
 @dataclass
@@ -112,8 +114,8 @@ class ServerUpdate:
             self._open()
         except WsyncError as e:  # nothing was written, and it is not paused
             self._note(e)
-            state = self._unchanged()
-            return self._finished(state, dict.fromkeys(heard, state))
+            states = {name: self._unwritten(name, e) for name in heard}
+            return self._finished(_worst(states), states)
         return self._paused_update(ready, heard)
 
     def _hear(self, replica: str) -> str:
@@ -126,10 +128,9 @@ class ServerUpdate:
     def _without_update(self, heard: dict[str, str]) -> ServerReport:
         """No replica can take the version: the server is not even paused."""
         known = {"committed": COMMITTED, "absent": ABSENT}
-        old = self._unchanged()
-        states = {name: known.get(state, old) for name, state in heard.items()}
+        states = {name: known.get(state) or self._unwritten(name) for name, state in heard.items()}
         kinds = set(states.values())
-        state = kinds.pop() if len(kinds) == 1 else old if states else ABSENT
+        state = kinds.pop() if len(kinds) == 1 else LOST if LOST in kinds else self._unchanged() if states else ABSENT
         if not states or ABSENT in states.values():
             why = f": {self._server.join_error}" if self._server.join_error else ""
             self._error = self._error or f"it has not joined the trainer{why}"
@@ -141,6 +142,15 @@ class ServerUpdate:
 
     def _unchanged(self) -> str:
         return POISONED if self._server.poisoned else OLD_VERSION
+
+    def _unwritten(self, replica: str, error: WsyncError | None = None) -> str:
+        """What a replica serves that was never asked to write: what it had, or nothing if it is gone."""
+        fault = self._publication.dropped.get(replica, "")
+        may_be_gone = isinstance(error, ConnectError) or fault.startswith(("PeerLostError", "TransportError"))
+        end = time.monotonic() + (_NOTICE_S if may_be_gone else 0.0)
+        while (state := self._known_state(replica)) != LOST and time.monotonic() < end:
+            time.sleep(_OUTCOME_POLL_S)
+        return LOST if state == LOST else self._unchanged()
 
     # ---- with an update
 
@@ -165,10 +175,10 @@ class ServerUpdate:
             states = {name: COMMITTED if name in ready else self._unchanged() for name in heard}
         except WsyncError as e:
             self._note(e)
-            states = self._after_failure(ready, heard)
-        kinds = set(states.values())
-        state = next(k for k in (LOST, POISONED, OLD_VERSION, COMMITTED) if k in kinds)
-        self._server.poisoned = state in (LOST, POISONED)
+            states = self._after_failure(ready, heard, e)
+        state = _worst(states)
+        if self._touched:
+            self._server.poisoned = state in (LOST, POISONED)
         self._server.held = self._server.pausable
         if not self._server.poisoned:
             self._resume()
@@ -197,11 +207,11 @@ class ServerUpdate:
                 # A server whose engines differ has no one version: its label stays.
                 _finish(client, str(version) if uniform else None)
 
-    def _after_failure(self, ready: list[str], heard: dict[str, str]) -> dict[str, str]:
+    def _after_failure(self, ready: list[str], heard: dict[str, str], error: WsyncError) -> dict[str, str]:
         """What each replica serves now, as the coordinator knows it. Closes the session."""
         if not self._touched:  # no worker was asked to write: whatever is voted, the old version is what is there
             self._close_session(None)
-            return dict.fromkeys(heard, self._unchanged())
+            return {name: self._unwritten(name, error) for name in heard}
         states = {name: self._await_outcome(name) if name in ready else self._unchanged() for name in heard}
         done = set(states.values()) == {COMMITTED}
         self._close_session(str(self._publication.version) if done else None)
@@ -233,6 +243,10 @@ class ServerUpdate:
             time.sleep(_OUTCOME_POLL_S)
         if self._publication.replicas.get(replica) == "committed":
             return COMMITTED
+        return self._known_state(replica)
+
+    def _known_state(self, replica: str) -> str:
+        """What the coordinator knows of a replica that did not commit."""
         try:
             status = self._source.replicas().get(replica)
         except WsyncError:  # the Source is closed: nobody knows
@@ -260,6 +274,12 @@ class ServerUpdate:
             commit_s=self._commit_s,
             error=self._error,
         )
+
+
+def _worst(states: dict[str, str]) -> str:
+    """One word for a server of several replicas."""
+    kinds = set(states.values())
+    return next(kind for kind in (LOST, POISONED, OLD_VERSION, COMMITTED) if kind in kinds)
 
 
 def _finish(client: Any, weight_version: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -105,33 +106,23 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def reached(layer: nn.Module) -> Iterator[Reached]:
-    """Everything that a layer reaches beside its registered tensors, each value once, in the order of attributes."""
+    """Everything that a layer reaches beside its registered tensors, each value once, by its shortest path."""
     seen = {id(t) for t in registered(layer).values()} | {id(layer)}
-    for name, value in dict(vars(layer)).items():
-        if name not in TABLES:
-            yield from _walk(value, f".{name}", seen, DEPTH)
+    found = deque((f".{name}", value, DEPTH) for name, value in dict(vars(layer)).items() if name not in TABLES)
     method = layer._modules.get("quant_method")
     if method is not None:
         seen.add(id(method))
         yield Reached(".quant_method", method)
-        yield from _inner(method, ".quant_method", seen, DEPTH)
-
-
-def _walk(value: Any, path: str, seen: set[int], depth: int) -> Iterator[Reached]:
-    if is_constant(value):
-        yield Reached(path, value)
-        return
-    if id(value) in seen or depth == 0 or isinstance(value, nn.Module):
-        return
-    seen.add(id(value))
-    yield Reached(path, value)
-    if not isinstance(value, Tensor) and not is_native(value):
-        yield from _inner(value, path, seen, depth)
-
-
-def _inner(value: Any, path: str, seen: set[int], depth: int) -> Iterator[Reached]:
-    for name, inner in _inside(value):
-        yield from _walk(inner, f"{path}{name}", seen, depth - 1)
+        found.extend((f".quant_method{name}", value, DEPTH - 1) for name, value in _inside(method))
+    while found:
+        path, value, depth = found.popleft()
+        if is_constant(value):
+            yield Reached(path, value)
+        elif id(value) not in seen and not isinstance(value, nn.Module):
+            seen.add(id(value))
+            yield Reached(path, value)
+            if depth > 1 and not isinstance(value, Tensor) and not is_native(value):
+                found.extend((f"{path}{name}", inner, depth - 1) for name, inner in _inside(value))
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from wsync.adapters.engines.vllm.reach import DEPTH, TABLES, is_native, is_walked, reached
+from wsync.adapters.engines.vllm.reach import DEPTH, TABLES, attributes, is_native, is_walked, reached
 
 Tensor = torch.Tensor
 
 _DICTS = (dict, OrderedDict, defaultdict)
+_DEPTH = 2 * DEPTH
+"""Copies are made depth first: twice as deep, so that all that is looked at is copied, by whichever path it is met."""
 
 ALREADY = "_already_called_process_weights_after_loading"
 """What some methods set on a layer, and vLLM's own reload takes off again."""
@@ -37,9 +39,9 @@ def make_shadow(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     copies = _Copies()
     copies.know(layer, shadow)
     method = getattr(layer, "quant_method", None)
-    twin = copies.of(method, DEPTH) if not isinstance(method, nn.Module) else copies.of_module(method)
-    attributes = {name: value for name, value in layer.__dict__.items() if name not in TABLES and name != ALREADY}
-    shadow.__dict__.update((name, copies.of(value, DEPTH)) for name, value in attributes.items())
+    twin = copies.of(method, _DEPTH) if not isinstance(method, nn.Module) else copies.of_module(method)
+    own = {name: value for name, value in layer.__dict__.items() if name not in TABLES and name != ALREADY}
+    shadow.__dict__.update((name, copies.of(value, _DEPTH)) for name, value in own.items())
     shadow.__dict__["_parameters"] = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter)}
     shadow.__dict__["_buffers"] = {name: t for name, t in tensors.items() if not isinstance(t, nn.Parameter)}
     shadow.__dict__["_modules"] = {name: twin if m is method else m for name, m in layer._modules.items()}
@@ -82,7 +84,7 @@ class _Copies:
         twin: nn.Module = value.__class__.__new__(value.__class__)
         self.know(value, twin)
         tables = {name: {k: self.of(v, 1) for k, v in value.__dict__[name].items()} for name in TABLES}
-        twin.__dict__.update((name, self.of(v, DEPTH)) for name, v in value.__dict__.items() if name not in TABLES)
+        twin.__dict__.update((name, self.of(v, _DEPTH)) for name, v in value.__dict__.items() if name not in TABLES)
         twin.__dict__.update(tables)
         return twin
 
@@ -116,8 +118,12 @@ class _Copies:
         if made is value:
             return value
         self.know(value, made)
-        for name, inner in list(getattr(value, "__dict__", {}).items()):
-            made.__dict__[name] = self.of(inner, depth - 1)
+        for name, inner in attributes(value).items():
+            copied = self.of(inner, depth - 1)
+            if name in getattr(made, "__dict__", ()):
+                made.__dict__[name] = copied
+            elif copied is not inner:
+                object.__setattr__(made, name, copied)  # a slot, also of a frozen dataclass
         return made
 
 
