@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from wsync.bench import trainer as trainer_module
+from wsync.bench import weights
 from wsync.bench.trainer import NUM_CONTENTS, Trainer
 
 
@@ -38,7 +38,7 @@ def test_versions_with_equal_contents_are_bit_identical(trainer):
 def test_f32_masters_change_in_their_bf16_bits():
     values = torch.tensor([1.0, -3.5, 0.25])
     before = values.clone()
-    trainer_module._flip_bits(values, 0x8015)
+    weights._flip_bits(values, 0x8015)
     assert (values.to(torch.bfloat16) != before.to(torch.bfloat16)).all()
-    trainer_module._flip_bits(values, 0x8015)
+    weights._flip_bits(values, 0x8015)
     assert torch.equal(values, before)
