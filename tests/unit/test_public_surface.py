@@ -80,6 +80,7 @@ def test_source_has_this_surface():
         "*num_threads=None",
         "*join_deadline_s=60.0",
         "*peer_timeout_s=10.0",
+        "*write_check='counts'",
     ]
     assert parameters(wsync.Source.publish) == ["version", "*min_replicas=None", "*deadline_s=60.0"]
 

@@ -24,6 +24,8 @@ from wsync.transport import TRANSPORTS, choose_transport, open_source
 if TYPE_CHECKING:
     import torch
 
+_WRITE_CHECKS = ("counts", "digest")
+
 
 class Source:
     """One trainer rank's weights. Construct it on every trainer rank; the call returns when all have.
@@ -44,6 +46,10 @@ class Source:
         num_threads: of the pack kernels; None divides this process's cores among the trainer ranks of this host.
         join_deadline_s: seconds to wait for all trainer ranks.
         peer_timeout_s: silence after which a rank counts as lost.
+        write_check: how a write before *released* is noticed, which would mix two versions: ``"counts"`` asks torch how
+            often each tensor was written in place (free; does not see arrays of others, writes through ``.data``, and
+            ``foreach`` or ``fused`` optimizers on DTensors); ``"digest"`` also packs everything a second time and
+            compares digests (sees all of these; adds about the packing's time to the trainer's stall).
 
     Raises:
         ConfigError: bad arguments; `ManifestError` where ranks describe different models. Raised on every rank.
@@ -68,7 +74,10 @@ class Source:
         num_threads: int | None = None,
         join_deadline_s: float = 60.0,
         peer_timeout_s: float = PEER_TIMEOUT_S,
+        write_check: str = "counts",
     ) -> None:
+        if write_check not in _WRITE_CHECKS:
+            raise ConfigError(f"write_check must be one of {_WRITE_CHECKS}, got {write_check!r}")
         self.rank, self.world_size = rank_and_world(rank, world_size)
         check_store(store)
         if transport not in ("auto", *TRANSPORTS):
@@ -109,6 +118,7 @@ class Source:
                 num_threads=share_of_cores(num_threads, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))),
                 join_deadline_s=join_deadline_s,
                 keepalive=self._description,
+                second_read=write_check == "digest",
             )
         except BaseException:
             self.close()
@@ -117,8 +127,9 @@ class Source:
     def publish(self, version: int, *, min_replicas: int | None = None, deadline_s: float = 60.0) -> Publication:
         """Publish the current weights as ``version``. Call it on every trainer rank with the same arguments.
 
-        Returns at once. The weights must not change before `Publication.wait_released`. A publish that is not yet
-        committed everywhere is superseded: replicas that had not decided keep the version that they serve.
+        Returns at once. The weights must not change before `Publication.wait_released`; a write that is noticed
+        (see ``write_check``) ends the publish with a `StateError`, and engines keep what they serve. A publish that is
+        not yet committed everywhere is superseded: replicas that had not decided keep the version that they serve.
 
         Args:
             version: larger than the last one of this Source; one that nobody committed may be tried again.
@@ -144,8 +155,10 @@ class Source:
             )
         if min_replicas is not None and whole_number(min_replicas, "min_replicas") < 1:
             raise ConfigError(f"min_replicas must be at least 1, got {min_replicas}")
-        self._description.check_addresses()
-        return session.publish(version, min_replicas or 1, deadline_s)
+        description = self._description
+        description.check_addresses()
+        counts = description.write_counts()
+        return session.publish(version, min_replicas or 1, deadline_s, lambda: description.check_unwritten(counts))
 
     def replicas(self) -> dict[str, ReplicaStatus]:
         """Which engine replicas are joined now, by name: complete, asleep, poisoned, turned away. Any thread.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from wsync.errors import DeadlineError, StateError, WsyncError
 from wsync.session.clock import deadline_after
@@ -23,12 +23,15 @@ class Publication:
         seq: number of the publish within the Source.
     """
 
-    def __init__(self, version: int, seq: int, deadline_s: float) -> None:
+    def __init__(
+        self, version: int, seq: int, deadline_s: float, check_unwritten: Callable[[], None] = lambda: None
+    ) -> None:
         self.version = version
         self.seq = seq
         self.deadline = deadline_after(deadline_s)
         self.began_s = time.monotonic()
         self.released_s = 0.0
+        self._check_unwritten = check_unwritten
         self._released = threading.Event()
         self._over = threading.Event()
         self._changed = threading.Condition()
@@ -134,7 +137,12 @@ class Publication:
     # ---- the worker's side
 
     def mark_released(self) -> None:
-        """The memory was read."""
+        """The memory was read.
+
+        Raises:
+            StateError: it was written meanwhile.
+        """
+        self._check_unwritten()
         self.released_s = time.monotonic()
         self._released.set()
 

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from wsync import kernels
 from wsync.errors import (
     CommitError,
@@ -61,6 +63,7 @@ class SourceSession:
         open_transport: makes this rank's end of the transport of that name.
         num_threads: of the pack kernels.
         keepalive: what owns the memory; held as long as a worker may read it.
+        second_read: read everything twice before it is released, and compare.
 
     Raises:
         WsyncError: the ranks do not fit together, or the deadline passed.
@@ -77,9 +80,12 @@ class SourceSession:
         num_threads: int,
         join_deadline_s: float,
         keepalive: object = None,
+        second_read: bool = False,
     ) -> None:
         self._channel = channel
         self._keepalive = keepalive
+        self._second_read = second_read
+        self._scratch = np.empty(0, np.uint8)
         self._manifest = manifest
         self._memory = memory
         self._open_transport = open_transport
@@ -114,8 +120,13 @@ class SourceSession:
             return publication.version if publication else self._last_version
         return self._last_version
 
-    def publish(self, version: int, min_replicas: int, deadline_s: float) -> Publication:
-        """Start a publish. See `wsync.Source.publish`."""
+    def publish(
+        self, version: int, min_replicas: int, deadline_s: float, check_unwritten: Callable[[], None] = lambda: None
+    ) -> Publication:
+        """Start a publish. See `wsync.Source.publish`.
+
+        ``check_unwritten`` raises where the memory was written since.
+        """
         previous = self._publication
         if previous is not None and not previous.released:
             raise StateError(
@@ -123,7 +134,7 @@ class SourceSession:
                 hint="call wait_released() first",
             )
         self._last_version = self.last_version
-        publication = Publication(version, self._seq + 1, deadline_s)
+        publication = Publication(version, self._seq + 1, deadline_s, check_unwritten)
         self._channel.send(PublishRequest(publication.seq, version, min_replicas, deadline_s))
         self._seq = publication.seq
         worker = self._worker
@@ -236,6 +247,8 @@ class SourceSession:
         if self._slice.plan_digest != message.plan_digest:
             raise PlanMismatchError(f"a slice of plan {self._slice.plan_digest} came with plan {message.plan_digest}")
         self._program = compile_source(self._slice, self._manifest.tensors, self._memory)
+        if self._second_read:
+            self._scratch = np.empty(self._slice.bucket_bytes, np.uint8)
         self._end = self._open_transport(message.transport)
         offer = self._end.prepare(self._slice, message.num_sources)
         self._channel.send(Offer(message.epoch, message.plan_digest, offer))
@@ -264,7 +277,10 @@ class SourceSession:
         if self._slice.amax_elements:
             self._reduce(deadline)
         with self._watch.phase("pack"):
-            self._pack_and_send(deadline)
+            digests = self._pack_and_send(deadline)
+        if self._second_read:
+            with self._watch.phase("second read"):
+                self._read_again(digests)
         publication.mark_released()
         self._channel.send(Packed(begin.seq, self._watch.take()))
         with self._watch.phase("flush"):
@@ -284,15 +300,34 @@ class SourceSession:
             end.exchange_max(program.amax_vector, deadline, self._cancelled)
             kernels.scales_from_amax(program.amax_descs)
 
-    def _pack_and_send(self, deadline: float) -> None:
+    def _pack_and_send(self, deadline: float) -> list[int]:
         program, end = self._program, self._end
+        digests: list[int] = []
         if program is None or end is None:
-            return
+            return digests
         for pos, descs in enumerate(program.buckets):
             digest, bad = kernels.pack(descs, end.address(pos), self._num_threads)
             if bad is not None:
                 raise self._non_finite(*program.locate(pos, *bad))
             end.send(pos, (digest + program.padding_digests[pos]) % 2**64, deadline, self._cancelled)
+            self._cancelled()
+            digests.append(digest)
+        return digests
+
+    def _read_again(self, digests: Sequence[int]) -> None:
+        """Pack everything once more, into scratch memory: what was written meanwhile has another digest."""
+        if self._program is None:
+            return
+        for pos, descs in enumerate(self._program.buckets):
+            again, bad = kernels.pack(descs, self._scratch.ctypes.data, self._num_threads)
+            if bad is not None or again != digests[pos]:
+                name, index = self._program.locate(pos, *(bad or (0, 0)))
+                where = f"at index {index} of {name!r}" if bad else f"in the bucket that begins with {name!r}"
+                raise StateError(
+                    f"weights were written {where} while they were read for a publish: digest {digests[pos]:016x} "
+                    f"when they were packed, {again:016x} when they were read again",
+                    hint="call Publication.wait_released() before the optimizer's next step",
+                )
             self._cancelled()
 
     def _non_finite(self, name: str, index: tuple[int, ...]) -> NonFiniteError:

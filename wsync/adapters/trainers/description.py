@@ -52,6 +52,30 @@ class SourceDescription:
                     hint="create the Source again, and write parameters in place",
                 )
 
+    def write_counts(self) -> list[int]:
+        """How often torch has seen each tensor written in place; 0 for what it does not count (arrays of others)."""
+        return [_write_count(entry.tensor) for entry, _ in self._watched]
+
+    def check_unwritten(self, before: list[int]) -> None:
+        """Check that no tensor was written since `write_counts`. Writes behind torch's back are not seen.
+
+        Raises:
+            StateError: one was; the message names it.
+        """
+        for (entry, _), count in zip(self._watched, before, strict=True):
+            now = _write_count(entry.tensor)
+            if now != count:
+                raise StateError(
+                    f"{entry.name!r} was written {now - count} times while it was read for a publish",
+                    hint="call Publication.wait_released() before the optimizer's next step",
+                )
+
+
+def _write_count(tensor: torch.Tensor) -> int:
+    # An operation on a DTensor counts there, one on its local tensor on that; foreach and fused ones on neither.
+    local = local_of(tensor)
+    return sum(int(t._version) for t in {id(t): t for t in (tensor, local)}.values() if not t.is_inference())
+
 
 def describe(
     model_or_tensors: nn.Module | Mapping[str, Any],
