@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+
 from wsync.bench.options import WSYNC
 from wsync.bench.vllm_check import Observation, check_told_apart, difference, observe
 from wsync.bench.vllm_clients import Clients
@@ -50,18 +52,19 @@ class Job:
         self._done = 0
         self._version = 0
         progress("making the model", 0, self._total)
+        torch.set_num_threads(1)  # two servers have the cores: threads that wait for each other would wait for both
         self.model = ServedModel(options.model)
         self._folders = [tmpfs_dir / "content-0", tmpfs_dir / "content-1"]
         self._reload_folder = tmpfs_dir / "reload"
         for folder in (*self._folders, self._reload_folder):
             self.model.prepare_folder(folder, None if folder is self._folders[0] else self._folders[0])
-        for content, folder in enumerate(self._folders):
-            self.model.set_content(content)
-            self.model.write_weights(folder)
 
     def measure(self, mode: str) -> Measured:
         """Start the servers, run every row, end them."""
         self._say(f"{mode}: starting the servers")
+        for content, folder in enumerate(self._folders):
+            self.model.set_content(content)
+            self.model.write_weights(folder)
         with contextlib.ExitStack() as stack:
             sites = [
                 _Site(stack.enter_context(self._server(mode, folder)), content)
@@ -69,6 +72,8 @@ class Job:
             ]
             for site in sites:
                 site.server.await_ready()
+            for folder in self._folders:
+                self.model.remove_weights(folder)  # they are as large as what they were loaded into
             stack.enter_context(_blame(sites))
             references = [self._observe(site) for site in sites]
             check_told_apart(references)

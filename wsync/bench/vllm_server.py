@@ -23,6 +23,9 @@ HOST = "127.0.0.1"
 MODEL_NAME = "bench"
 MAX_MODEL_LEN = 512
 
+_CACHE_BYTES = 512 << 20
+"""For keys and values: of eight requests of a model with the shape of Qwen3-0.6B."""
+
 _POLL_S = 0.2
 _START_S = 300.0
 """Imports and a first step take long on a busy machine: a shorter deadline does not count for the start."""
@@ -31,7 +34,6 @@ _LOG_TAIL = 4000
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TORCHDYNAMO_DISABLE": "1",
@@ -39,6 +41,7 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONUNBUFFERED": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # there are more processes than cores: idle threads must not spin
 }
 
 
@@ -100,6 +103,7 @@ class VLLMServer:
             *("--host", HOST, "--port", str(self.port), "--uvicorn-log-level", "warning"),
             *("--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN), "--seed", "0"),
             *("--max-num-seqs", str(self._num_requests), "--enforce-eager"),
+            *("--kv-cache-memory-bytes", str(_CACHE_BYTES)),
             # A hit in the prefix cache changes the shapes that are computed with, and so the last bits of a logit.
             "--no-enable-prefix-caching",
             *("--weight-transfer-config", '{"backend": "wsync"}'),
@@ -108,6 +112,7 @@ class VLLMServer:
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, **_ENVIRONMENT, **MODES[self._mode]}
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would come before --kv-cache-memory-bytes
         environment["TMPDIR"] = str(self._run_dir)
         environment["VLLM_RPC_BASE_PATH"] = str(self._model.parent)  # the name of a socket has to be short
         return environment
