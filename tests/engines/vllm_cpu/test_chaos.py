@@ -20,7 +20,7 @@ from wsync.errors import CommitError, StateError
 from wsync.integrations.vllm import Fleet, HTTPServer
 from wsync.testing.processes import free_port
 
-pytestmark = [pytest.mark.deep, pytest.mark.multiproc, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(900)]
 
 FAMILY = "llama"
 OLD, NEW = 1, 2

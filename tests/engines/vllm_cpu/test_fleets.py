@@ -10,7 +10,7 @@ from vllm_cpu.fleets import DEADLINE_S, Trainer, servers
 from vllm_cpu.harness import MAX_TOKENS, PROMPTS, compare_dumps
 from wsync.integrations.vllm import Fleet
 
-pytestmark = [pytest.mark.deep, pytest.mark.multiproc, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(900)]
 
 KINDS = {"bf16": ("qwen3_wide", 1), "fp8": ("qwen3_fp8", 1), "bf16-tp2": ("qwen3_wide", 2)}
 """Family and tensor-parallel size of each server, by name. All hold the model of one trainer."""

@@ -22,7 +22,7 @@ from vllm_cpu.fleets import DEADLINE_S, Trainer, servers
 from vllm_cpu.server import MODEL_NAME
 from wsync.integrations.vllm import Fleet
 
-pytestmark = [pytest.mark.deep, pytest.mark.multiproc, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(900)]
 
 FAMILY = "llama"
 NUM_CLIENTS = 32
