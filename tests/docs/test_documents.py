@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -83,13 +84,22 @@ def test_the_plain_loop_example_gives_the_engine_the_trainers_weights(tmp_path):
     assert trainer.stdout.count("('engine-0',) serve version") == 3
 
 
-def test_the_readmes_table_is_that_of_the_committed_record():
-    from wsync.bench.markdown import load_record, splice, table_of
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("e2e_qwen3_0.6b", "README.md"),
+        ("vllm_qwen3_0.6b", "README.md"),
+        ("vllm_qwen3_0.6b", "docs/guides/vllm.md"),
+    ],
+)
+def test_a_table_in_a_document_is_that_of_the_committed_record(name, document):
+    from wsync.bench.markdown import splice, table_in
 
-    record = load_record(ROOT / "bench" / "records" / "e2e_qwen3_0.6b.json")
-    assert record.verdict == "ok"
-    text = (ROOT / "README.md").read_text()
-    assert splice(text, table_of(record)) == text
+    record = ROOT / "bench" / "records" / f"{name}.json"
+    title, table = table_in(record)
+    assert json.loads(record.read_text())["verdict"] == "ok"
+    text = (ROOT / document).read_text()
+    assert splice(text, table, title) == text
 
 
 def test_the_example_spends_about_ten_lines_on_wsync():

@@ -135,15 +135,20 @@ def main(argv: list[str]) -> int:
     """Put the record's table into the documents."""
     if len(argv) < 2:
         raise ConfigError(f"give a record and at least one document, got {len(argv)} arguments")
-    name, table = _table_in(Path(argv[0]))
+    name, table = table_in(Path(argv[0]))
     for document in argv[1:]:
         path = Path(document)
         path.write_text(splice(path.read_text(), table, name))
     return 0
 
 
-def _table_in(record: Path) -> tuple[str, str]:
-    """The name and the text of the table that a record makes."""
+def table_in(record: Path) -> tuple[str, str]:
+    """The name and the text of the table that a record makes.
+
+    Raises:
+        ConfigError: the record cannot be read.
+        FormatVersionError: it is of no format that this wsync reads.
+    """
     try:
         return _E2E, table_of(load_record(record))
     except FormatVersionError as e:
