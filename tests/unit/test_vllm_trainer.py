@@ -178,11 +178,15 @@ def test_what_is_no_source_is_refused():
         ([("a", torch.zeros(64, 32)), ("b", torch.zeros(7)), ("c", torch.zeros(1))], ConfigError, "yields 'c' after"),
     ],
 )
-def test_a_source_that_yields_other_than_it_declares_is_refused(monkeypatch, yielded, error, message):
+def test_a_source_that_yields_other_than_it_declares_is_refused_when_it_is_through(
+    monkeypatch, yielded, error, message
+):
     copy = HostCopy(Weights(), 0, 1)
-    monkeypatch.setattr(Weights, "__iter__", lambda self: iter(yielded))
+    left = iter(yielded)  # whose iteration is a collective of all ranks, maybe
+    monkeypatch.setattr(Weights, "__iter__", lambda self: left)
     with pytest.raises(error, match=message):
         copy.fill()
+    assert list(left) == []
 
 
 def test_a_split_source_of_unconnected_ranks_is_refused():
@@ -229,9 +233,27 @@ def _failing_rank(report, rank, port, store, key_file):
     WsyncTrainer.trainer_init(info, client=server, source=tensors)
 
 
-def _run_two(worker, tmp_path):
+def _whole_rank(report, rank, port, store, key_file, failure):
+    """All of the source is on rank 0, where something fails; rank 1 must not be left in its collectives."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    info = WsyncTrainerInitInfo(rank=rank, world_size=2, store=store, key_file=key_file, deadline_s=30.0)
+    server = StandIn() if rank == 0 else None
+    worker_module._metrics_of = lambda replica, rank: None
+    if failure == "joining" and server:
+        server.fail["init"] = ConfigError("this server has no backend")
+    source = Weights()
+    trainer = WsyncTrainer.trainer_init(info, client=server, source=source)
+    source.value = 3.0
+    if failure == "copying" and rank == 0:
+        source.value = "three"
+    trainer.send_weights()
+
+
+def _run_two(worker, tmp_path, *more):
     key_file = str(wsync.new_key_file(tmp_path / "key"))
-    arguments = (free_port(), f"tcp://127.0.0.1:{free_port()}", key_file)
+    arguments = (free_port(), f"tcp://127.0.0.1:{free_port()}", key_file, *more)
     with Processes() as processes:
         for rank in (0, 1):
             processes.start(f"rank{rank}", worker, rank, *arguments)
@@ -252,3 +274,18 @@ def test_where_the_servers_do_not_join_every_trainer_rank_learns_of_it(tmp_path)
     assert outcomes[0].error == ("ConfigError", "this server has no backend")
     assert outcomes[1].error[0] == "TransportError"
     assert "trainer rank 0 could not" in outcomes[1].error[1]
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("failure", "own", "of_others"),
+    [
+        ("joining", "this server has no backend", "could not join its servers"),
+        ("copying", "must be Number", "could not be copied on another trainer rank"),
+    ],
+)
+def test_where_rank_0_alone_publishes_the_others_learn_that_it_cannot(tmp_path, failure, own, of_others):
+    outcomes = _run_two(_whole_rank, tmp_path, failure)
+    assert own in outcomes[0].error[1]
+    assert outcomes[1].error[0] == "TransportError"
+    assert of_others in outcomes[1].error[1]

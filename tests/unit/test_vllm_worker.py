@@ -152,6 +152,14 @@ def test_joining_again_with_the_same_info_changes_nothing(made):
     assert len(made) == 1
 
 
+def test_joining_afresh_joins_anew_and_the_same_info_then_changes_nothing(made):
+    worker = backend()
+    join(worker)
+    join(worker, afresh=True)
+    join(worker)
+    assert [s.calls for s in made] == [["start", "close"], ["start"]]
+
+
 def test_joining_another_store_leaves_the_first(made):
     worker = backend()
     join(worker)
@@ -232,6 +240,11 @@ def test_shutting_down_closes_the_sink_once(made):
 def test_a_server_with_lora_is_refused_when_it_starts():
     with pytest.raises(ConfigError, match="LoRA"):
         backend(lora_config=object())
+
+
+def test_a_server_that_moves_experts_about_is_refused_when_it_starts():
+    with pytest.raises(ConfigError, match="enable_eplb"):
+        backend(parallel(enable_eplb=True))
 
 
 def test_a_draft_model_is_refused(made):

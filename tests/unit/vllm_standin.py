@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import types
 
 import torch
 
 import wsync
+from wsync.api.live import load_by_name
+from wsync.errors import StateError
+from wsync.integrations.vllm import Fleet
 from wsync.integrations.vllm.worker import WsyncWorkerBackend
 
 SHAPES = {"a": (64, 32), "b": (7,)}
@@ -27,14 +32,23 @@ class Backend(WsyncWorkerBackend):
     """The backend, on a model of plain tensors."""
 
     def _make_sink(self, info, replica, rank, world_size):
+        thread = threading.get_ident()
+
+        def load_weights(weights):  # as vLLM's: on the engine's own thread alone
+            if threading.get_ident() != thread:
+                raise StateError("recording belongs on the worker's thread")
+            load_by_name(self.model.tensors)(weights)
+
         return wsync.Sink(
             self.model,
+            load_weights,
             store=info.store,
             key_file=info.key_file,
             replica=replica,
             rank=rank,
             world_size=world_size,
             join_deadline_s=info.join_deadline_s,
+            allow_missing=info.allow_missing,
             num_threads=1,
         )
 
@@ -51,6 +65,7 @@ class StandIn:
         self.paused = False
         self.label = "default"
         self.session = False
+        self.num_told_to_leave = 0
 
     def _worker(self, index):
         parallel = types.SimpleNamespace(world_size=1, rank=0, data_parallel_size=1, data_parallel_index=index)
@@ -101,9 +116,56 @@ class StandIn:
         self._called("resume")
         self.paused = False
 
+    def is_paused(self):
+        return self.paused
+
     def shutdown_weight_transfer_engine(self):
+        self.num_told_to_leave += 1
+        if self.session:
+            raise RuntimeError("cannot release a trainer connection during a weight update")
         for worker in self.workers:
             worker.shutdown()
 
     def holds(self, value):
         return [all(bool((t == value).all()) for t in model.tensors.values()) for model in self.models]
+
+    def close(self):
+        """Whatever happened to it."""
+        self.session = False
+        self.shutdown_weight_transfer_engine()
+
+
+class Trainer:
+    """A Source whose weights all have one value."""
+
+    def __init__(self, key_file, names=tuple(SHAPES), store="tcp://127.0.0.1:0"):
+        self.key_file = key_file
+        self.tensors = {name: torch.zeros(SHAPES[name]) for name in names}
+        self.source = wsync.Source(self.tensors, store=store, key_file=key_file, rank=0, world_size=1, num_threads=1)
+
+    def fleet(self, *servers, **options):
+        return Fleet(self.source, list(servers), **{"key_file": self.key_file, "deadline_s": 20.0} | options)
+
+    def fill(self, value):
+        for tensor in self.tensors.values():
+            tensor.fill_(value)
+
+
+def publish(trainer, fleet, version, **options):
+    """A version whose weights are its number."""
+    trainer.fill(version)
+    return fleet.publish(version, **options).wait_committed()
+
+
+def await_true(condition):
+    """The coordinator hears of ranks that come and go a moment later."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_joined(trainer, replica):
+    """Whether the trainer sees all of the replica."""
+    status = trainer.source.replicas().get(replica)
+    return status is not None and status.complete

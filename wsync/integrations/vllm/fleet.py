@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from wsync.errors import ConfigError, StateError, TransportError, WsyncError
+from wsync.errors import ConfigError, StateError, WsyncError
 from wsync.integrations.vllm.choices import pause_policy, reachable_store, worker_options
 from wsync.integrations.vllm.client import HTTPServer, WeightSyncClient
+from wsync.integrations.vllm.joining import Joining, in_parallel
 from wsync.integrations.vllm.reports import LOST, FleetReport, ServerReport
-from wsync.integrations.vllm.together import all_succeeded, ranks_meet
-from wsync.integrations.vllm.update import Server, ServerUpdate, limited, named_errors
+from wsync.integrations.vllm.server import Server
+from wsync.integrations.vllm.together import agree
+from wsync.integrations.vllm.update import ServerUpdate
 
 if TYPE_CHECKING:
     from wsync.api import Publication, PublishReport, Source
-    from wsync.session.membership import ReplicaStatus
 
-_APPEAR_S = 10.0
-"""Seconds for the ranks of a server to be seen after it said that it joined: those of before a trainer's restart come
-back by themselves, with their next ping."""
-_POLL_S = 0.05
-_OTHER_BACKEND = ("Weight transfer not configured", "Invalid init_info for")
-"""What vLLM says where its workers have no backend, or another one."""
-_BACKEND_HINT = (
-    'start the server with --weight-transfer-config \'{"backend": "wsync"}\', and with a VLLM_PLUGINS that is unset or '
-    "names wsync"
-)
+_log = logging.getLogger(__name__)
+
 _GRACE_S = 15.0
 """Seconds past a publish's deadline in which a server that failed is brought to a known state."""
+_CLOSE_S = 1.0
+"""Seconds that a server which joins is waited for when it is let go. The join itself lets it go when it is through."""
 
 
 class FleetPublication:
@@ -106,8 +105,11 @@ class Fleet:
         store: address of the trainer as the servers reach it; None takes the Source's.
         recipes: recipe by checkpoint name, for all servers.
         options: further fields of `WsyncInitInfo` for all servers: ``allow_missing``, ``num_threads``, ``mode``,
-            ``join_deadline_s``.
+            ``join_deadline_s`` (seconds for a worker to be accepted, where not ``deadline_s``).
         deadline_s: seconds for the servers to join, and of a publish that gives none.
+
+    A server that is paused when it joins, by a trainer that died on it or by hand, is resumed by the first version that
+    it commits, and not before. A program that ends without `close` leaves no server paused that may go on.
 
     Raises:
         ConfigError: bad arguments; or a server whose workers have no backend ``wsync``.
@@ -141,30 +143,24 @@ class Fleet:
             self._options["recipes"] = dict(recipes)
         self._servers: dict[str, Server] = {}
         self._num_named = 0
-        self._last: FleetReport | None = None
-        self._store = ""
         if isinstance(servers, (str, bytes)):
             raise ConfigError(f"servers is a list of servers, got the text {servers!r}")
         if names is not None and len(names) != len(servers):
             raise ConfigError(f"names has {len(names)} names for {len(servers)} servers")
-        self._together(lambda: self._begin(servers, names, store))
+        why = "trainer rank 0 could not make its servers join; its own error says why"
+        try:
+            # The other ranks must not publish while rank 0 waits for servers, or gave up.
+            agree(source.rank, source.world_size, lambda: self._begin(servers, names, store), why)
+        except BaseException:
+            in_parallel(Server.leave, list(self._servers.values()))  # nobody would commit what they stage
+            raise
+        _settled_at_exit().add(self)
 
     def _begin(self, servers: Sequence[str | WeightSyncClient], names: Sequence[str] | None, store: str | None) -> None:
         if self._source.rank == 0:
-            self._store = reachable_store(store or self._source.store)
-            self._join_all([self._enter(s, names[i] if names else None) for i, s in enumerate(servers)])
-
-    def _together(self, begin: Callable[[], None]) -> None:
-        """All trainer ranks begin, or none: the others must not publish while rank 0 waits for servers, or gave up."""
-        if not ranks_meet(self._source.rank, self._source.world_size):
-            return begin()
-        try:
-            begin()
-        except BaseException:
-            all_succeeded(False)
-            raise
-        if not all_succeeded(True):
-            raise TransportError("trainer rank 0 could not make its servers join; its own error says why")
+            address = reachable_store(store or self._source.store)
+            self._joining = Joining(self._source, address, self._options, self._deadline_s)
+            self._joining.join_all([self._enter(s, names[i] if names else None) for i, s in enumerate(servers)])
 
     # ---- who is there
 
@@ -183,14 +179,17 @@ class Fleet:
             return name or ""
         entered = self._enter(server, name)
         try:
-            self._join(entered)
+            self._joining.join(entered)
         except BaseException:
             del self._servers[entered.name]
+            entered.leave()
             raise
         return entered.name
 
     def remove(self, name: str) -> None:
         """Let a server go: it leaves the trainer where it can be reached, and serves on with what it has.
+
+        A version that is on its way to it gets there first, or does not by its deadline.
 
         Raises:
             ConfigError: there is no such server.
@@ -199,7 +198,7 @@ class Fleet:
             return
         if name not in self._servers:
             raise ConfigError(f"there is no server {name!r}; there are {sorted(self._servers)}")
-        _dismiss(self._servers.pop(name))
+        _let_go(self._servers.pop(name))
 
     def _enter(self, server: str | WeightSyncClient, name: str | None) -> Server:
         client = HTTPServer(server) if isinstance(server, str) else server
@@ -218,61 +217,6 @@ class Fleet:
         self._servers[name] = Server(name, client)
         return self._servers[name]
 
-    def _join_all(self, servers: Sequence[Server]) -> None:
-        errors: dict[str, Exception] = {}
-
-        def join(server: Server) -> None:
-            try:
-                self._join(server)
-            except Exception as e:
-                errors[server.name] = e
-
-        _in_parallel(join, servers)
-        for name in sorted(errors):
-            raise errors[name]
-
-    def _join(self, server: Server) -> None:
-        """Make the workers of a server join, and look whether the trainer sees them."""
-        info = {
-            "store": self._store,
-            "replica": server.name,
-            "num_engines": _num_engines(server),
-            "join_deadline_s": self._deadline_s,
-            **self._options,
-        }
-        # A worker that gives up says more than a call that does.
-        try:
-            with (
-                limited(server.client, self._deadline_s + _APPEAR_S),
-                named_errors(server, "init_weight_transfer_engine"),
-            ):
-                server.client.init_weight_transfer_engine(info)
-        except TransportError as e:
-            if any(words in e.message for words in _OTHER_BACKEND):
-                e.hint = _BACKEND_HINT
-            raise
-        server.replicas = self._await_replicas(server, time.monotonic() + _APPEAR_S)
-
-    def _await_replicas(self, server: Server, end: float) -> tuple[str, ...]:
-        """The server's replicas, once the trainer sees all ranks of them."""
-        pattern = re.compile(re.escape(server.name) + r"(\.dp\d+)?")
-        while True:
-            known = {n: status for n, status in sorted(self._source.replicas().items()) if pattern.fullmatch(n)}
-            if known and all(status.complete for status in known.values()):
-                return tuple(known)
-            if time.monotonic() > end:
-                raise self._not_joined(server, known)
-            time.sleep(_POLL_S)
-
-    def _not_joined(self, server: Server, known: Mapping[str, ReplicaStatus]) -> ConfigError:
-        refused = [why for status in known.values() for why in status.refused.values()]
-        partly = [f"{n} has ranks {list(s.joined)} of {s.world_size}" for n, s in known.items() if s.joined]
-        seen = "; ".join(refused or partly) or f"no replica of it (there are {sorted(self._source.replicas())})"
-        return ConfigError(
-            f"server {server.name!r} said that its workers joined, but the trainer at {self._store} sees {seen}",
-            hint=_BACKEND_HINT,
-        )
-
     # ---- publishing
 
     def publish(
@@ -281,8 +225,8 @@ class Fleet:
         """Publish the weights of ``source`` as ``version``, and take every server to it. On every trainer rank.
 
         Returns at once. A server is paused only when all that its replicas need is staged and verified, and each one as
-        soon as that is so: no server waits for another. A server that was not there (it restarted) joins again, and
-        takes part in the next publish.
+        soon as that is so: no server waits for another. A server that is not there (it restarted) is asked to join
+        again, which stops it while it records, and takes part from the next publish on.
 
         Args:
             version, min_replicas: as for `Source.publish`.
@@ -300,33 +244,32 @@ class Fleet:
                 target=self._take_to, args=(server, update), name=f"wsync-{server.name}", daemon=True
             )
             updates[server.name] = (update, thread)
+            server.updates = [t for t in server.updates if t.is_alive()] + [thread]
+            server.known_by = publication.deadline + _GRACE_S
             thread.start()
         return FleetPublication(publication, updates)
 
     def _take_to(self, server: Server, update: ServerUpdate) -> None:
-        with server.busy:
-            update.run()
-        if update.is_absent:
-            threading.Thread(target=self._rejoin, args=(server,), name=f"wsync-join-{server.name}", daemon=True).start()
+        if len(self._joining.missing(server)) == len(server.replicas):
+            self._rejoin(server)
+        update.run()
+        if update.has_left or (update.is_absent and self._joining.missing(server)):
+            self._rejoin(server)
 
     def _rejoin(self, server: Server) -> None:
-        """A server that restarted knows nothing of the trainer."""
-        if not server.busy.acquire(blocking=False):
-            return  # it is being taken to a newer version, or joins already
-        try:
-            self._join(server)
-            server.join_error = ""
-        except Exception as e:  # the next publish reports it absent again, and tries again
-            server.join_error = f"{type(e).__name__}: {e}"
-        finally:
-            server.busy.release()
+        threading.Thread(
+            target=self._joining.rejoin, args=(server,), name=f"wsync-join-{server.name}", daemon=True
+        ).start()
 
     # ---- end
 
     def close(self) -> None:
-        """Let all servers go. They serve on with what they have. The Source stays open. May be called twice."""
+        """Let all servers go. They serve on with what they have. The Source stays open. May be called twice.
+
+        Versions that are on their way get to their servers first, or do not by their deadlines.
+        """
         servers, self._servers = list(self._servers.values()), {}
-        _in_parallel(_dismiss, servers)
+        in_parallel(_let_go, servers)
 
     def __enter__(self) -> Fleet:
         return self
@@ -336,37 +279,49 @@ class Fleet:
     ) -> None:
         self.close()
 
+    def _settle(self) -> None:
+        in_parallel(_settle, list(self._servers.values()))
+
+
+@functools.cache
+def _settled_at_exit() -> weakref.WeakSet[Fleet]:
+    """Fleets that leave no server paused behind when the interpreter ends.
+
+    Made with the first fleet: what is registered later runs earlier, so their Sources are closed after this.
+    """
+    fleets: weakref.WeakSet[Fleet] = weakref.WeakSet()
+
+    def settle() -> None:
+        for fleet in list(fleets):
+            fleet._settle()
+
+    atexit.register(settle)
+    return fleets
+
+
+def _settle(server: Server) -> None:
+    """Wait for the versions that are on their way to a server, and leave it paused only if it is poisoned."""
+    for thread in server.updates:
+        thread.join(max(0.0, server.known_by - time.monotonic()))
+    if not server.busy.acquire(timeout=_CLOSE_S):
+        return
+    try:
+        if server.held and not server.poisoned:
+            server.resume()
+        if server.held:
+            _log.warning("server %r is left paused: only a version that it commits resumes it", server.name)
+    finally:
+        server.busy.release()
+
+
+def _let_go(server: Server) -> None:
+    _settle(server)
+    server.is_removed = True
+    server.leave()
+
 
 def _outcome(publication: Publication) -> tuple[PublishReport | None, WsyncError | None]:
     try:
         return publication.wait_committed(), None
     except WsyncError as e:
         return None, e
-
-
-def _num_engines(server: Server) -> int:
-    """Data-parallel engines of a server that can be asked."""
-    world_size = getattr(server.client, "world_size", None)
-    if not callable(world_size):
-        return 1
-    with limited(server.client, _APPEAR_S), named_errors(server, "get_world_size"):
-        return max(1, int(world_size(True)) // max(1, int(world_size(False))))
-
-
-def _dismiss(server: Server) -> None:
-    leave = getattr(server.client, "shutdown_weight_transfer_engine", None)
-    if not callable(leave):
-        return
-    with limited(server.client, _APPEAR_S):
-        try:
-            leave()
-        except Exception:  # it is gone, or is too old to have the route; it notices that the trainer is gone
-            return
-
-
-def _in_parallel(task: Callable[[Server], None], servers: Sequence[Server]) -> None:
-    threads = [threading.Thread(target=task, args=(server,), daemon=True) for server in servers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()

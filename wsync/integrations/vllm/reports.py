@@ -20,8 +20,8 @@ class ServerReport:
     Attributes:
         name: of the server.
         state: ``"committed"``; ``"old version serving"`` (it was never paused, or goes on with what it had);
-            ``"poisoned"`` (its weights are of no known version); ``"absent"`` (it had not joined); ``"lost"`` (it does
-            not answer: what it serves is not known).
+            ``"poisoned"`` (its weights are of no known version); ``"absent"`` (it, or an engine of it, had not joined);
+            ``"lost"`` (it does not answer: what it serves, and whether it is paused, is not known).
         replicas: the state of each of its replicas.
         paused: it was left paused, and serves nothing until a later publish commits.
         staged_s: seconds from the publish until it could commit; the old version serves meanwhile.
@@ -46,7 +46,8 @@ class FleetReport:
 
     Attributes:
         version: what was published.
-        publish: of the trainer.
+        publish: of the trainer. It takes a replica for poisoned that held the version and did not say in time that it
+            had put it in place; ``servers`` knows better, where the server was never asked to.
         servers: by name; empty on trainer ranks other than 0.
     """
 

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from wsync.errors import ConfigError, DtypeMismatchError, MissingTensorError, ShapeMismatchError, StateError
+from wsync.errors import (
+    ConfigError,
+    DtypeMismatchError,
+    MissingTensorError,
+    ShapeMismatchError,
+    StateError,
+    WsyncError,
+)
 from wsync.integrations.vllm.together import gather_masks, ranks_meet
 
 
@@ -81,18 +88,28 @@ class HostCopy:
             ConfigError: iteration yields other tensors than ``metadata()`` says; the first one is named.
         """
         num_seen = 0
+        error: WsyncError | None = None
         for name, tensor in self._source:
-            if num_seen == len(self._metadata):
-                raise ConfigError(f"the source yields {name!r} after the {num_seen} tensors of its metadata()")
-            meta = self._metadata[num_seen]
-            if name != meta.name:
-                raise ConfigError(f"the source yields {name!r} at index {num_seen}, its metadata() has {meta.name!r}")
+            try:
+                self._take(num_seen, name, tensor)
+            except WsyncError as e:  # to the end all the same: other ranks iterate in lockstep with this one
+                error = error or e
             num_seen += 1
-            target = self._memory.get(name)
-            if target is not None:
-                _copy(name, tensor, target)
+        if error is not None:
+            raise error
         if num_seen != len(self._metadata):
             raise ConfigError(f"the source yields {num_seen} tensors, its metadata() has {len(self._metadata)}")
+
+    def _take(self, idx: int, name: str, tensor: Any) -> None:
+        if idx >= len(self._metadata):
+            raise ConfigError(f"the source yields {name!r} after the {len(self._metadata)} tensors of its metadata()")
+        if name != self._metadata[idx].name:
+            raise ConfigError(
+                f"the source yields {name!r} at index {idx}, its metadata() has {self._metadata[idx].name!r}"
+            )
+        target = self._memory.get(name)
+        if target is not None:
+            _copy(name, tensor, target)
 
     def _owners(self, rank: int, world_size: int) -> list[int]:
         """The rank that publishes each tensor: of those that hold it, the one with the fewest bytes so far."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from wsync.errors import TransportError
+
 
 def ranks_meet(rank: int, world_size: int) -> bool:
     """Whether torch.distributed's default group has exactly these ranks, so that they can agree on something."""
@@ -12,6 +16,23 @@ def ranks_meet(rank: int, world_size: int) -> bool:
     if not dist.is_available() or not dist.is_initialized():
         return False
     return dist.get_rank() == rank and dist.get_world_size() == world_size
+
+
+def agree(rank: int, world_size: int, do: Callable[[], None], why: str) -> None:
+    """Do something on all ranks, or raise on all of them: none goes on without the others. A collective.
+
+    Raises:
+        TransportError: another rank could not; ``why`` is the message. What ``do`` raises is raised here.
+    """
+    if not ranks_meet(rank, world_size):
+        return do()
+    try:
+        do()
+    except BaseException:
+        all_succeeded(False)
+        raise
+    if not all_succeeded(True):
+        raise TransportError(why)
 
 
 def all_succeeded(ok: bool) -> bool:

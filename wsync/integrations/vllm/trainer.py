@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wsync.errors import ConfigError, StateError
+from wsync.integrations.vllm.together import agree
 
 if TYPE_CHECKING:
     from wsync.api import Source
@@ -106,17 +107,27 @@ class WsyncTrainer:
         return trainer
 
     def _join(self, info: WsyncTrainerInitInfo) -> None:
-        from wsync.api import Source
-        from wsync.integrations.vllm.fleet import Fleet
         from wsync.integrations.vllm.sources import HostCopy, read_in_place
 
         weights = read_in_place(self.source)
-        rank, world_size = info.rank, info.world_size
-        if weights is None:
-            self._copy = HostCopy(self.source, rank, world_size)
-            if self._copy.tensors is None:
-                return  # rank 0 publishes everything
-            weights, rank, world_size = self._copy.tensors, self._copy.rank, self._copy.world_size
+        if weights is not None:
+            return self._publish_from(weights, info.rank, info.world_size)
+        copy = self._copy = HostCopy(self.source, info.rank, info.world_size)
+
+        def begin() -> None:
+            if copy.tensors is not None:
+                self._publish_from(copy.tensors, copy.rank, copy.world_size)
+
+        if copy.world_size == info.world_size:
+            return begin()
+        # Rank 0 publishes everything. Without it the others would wait for ever in the source's collectives.
+        agree(info.rank, info.world_size, begin, "trainer rank 0 could not join its servers; its own error says why")
+
+    def _publish_from(self, weights: Any, rank: int, world_size: int) -> None:
+        from wsync.api import Source
+        from wsync.integrations.vllm.fleet import Fleet
+
+        info = self._init_info()
         self._published = Source(
             weights,
             store=info.store,
@@ -149,16 +160,20 @@ class WsyncTrainer:
             WsyncError: as `FleetPublication.wait_committed`; the next call may work.
             StateError: it is shut down.
         """
-        info = self._info
-        if info is None:
-            raise StateError("send_weights() before trainer_init() or after shutdown()")
+        info = self._init_info()
         if self._copy is not None:
-            self._copy.fill()
+            why = "the weights could not be copied on another trainer rank; its own error says why"
+            agree(info.rank, info.world_size, self._copy.fill, why)
         self.version = info.first_version if self.version is None else self.version + 1
         if self._fleet is None:
             return None
         publication = self._fleet.publish(self.version, min_replicas=info.min_replicas, deadline_s=info.deadline_s)
         return publication.wait_committed()
+
+    def _init_info(self) -> WsyncTrainerInitInfo:
+        if self._info is None:
+            raise StateError("send_weights() before trainer_init() or after shutdown()")
+        return self._info
 
     def shutdown(self) -> None:
         """Let the servers go; they serve on with what they have. May be called twice."""

@@ -7,78 +7,33 @@ What is staged costs the server nothing, so everything that can be done before t
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wsync.errors import ConnectError, DeadlineError, WsyncError
 from wsync.integrations.vllm.choices import PausePolicy
-from wsync.integrations.vllm.client import PausableClient
 from wsync.integrations.vllm.reports import ABSENT, COMMITTED, LOST, OLD_VERSION, POISONED, ServerReport
+from wsync.integrations.vllm.server import CLEANUP_S, Server, finish, limited, named_errors
 
 if TYPE_CHECKING:
     from wsync.api import Publication, Source
 
-_CLEANUP_S = 10.0
-"""Seconds that a server is given to resume, past the publish's deadline if need be."""
 _OUTCOME_POLL_S = 0.02
 _NOTICE_S = 2.0
 """Seconds in which the coordinator notices that a process is gone."""
-
-
-@dataclass
-class Server:
-    """One server of a fleet.
-
-    Attributes:
-        name: of the server, and of its replicas.
-        client: to its control routes.
-        replicas: names under which its engines joined.
-        busy: held while a version goes to it.
-        poisoned: its weights are of no known version; it stays paused until a commit heals it.
-        held: it is paused, by this side.
-        join_error: why it could not join again, the last time that it was absent.
-    """
-
-    name: str
-    client: Any
-    replicas: tuple[str, ...] = ()
-    busy: threading.Lock = field(default_factory=threading.Lock)
-    poisoned: bool = False
-    held: bool = False
-    join_error: str = ""
-
-    @property
-    def pausable(self) -> bool:
-        """Whether this side pauses it; otherwise the caller does."""
-        return isinstance(self.client, PausableClient)
-
-
-@contextlib.contextmanager
-def limited(client: Any, timeout_s: float) -> Iterator[None]:
-    """Calls inside of the block end in time, where the client can do that."""
-    limit = getattr(client, "limited", None)
-    with limit(timeout_s) if callable(limit) else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def named_errors(server: Server, call: str) -> Iterator[None]:
-    """Errors of any client become ours and name the server."""
-    try:
-        yield
-    except WsyncError:
-        raise
-    except TimeoutError as e:
-        raise DeadlineError(f"server {server.name!r} did not answer {call} in time: {e}") from e
-    except Exception as e:  # a client may be anybody's: requests', Ray's
-        raise ConnectError(f"server {server.name!r}: {call} failed: {type(e).__name__}: {e}") from e
+_COMMIT_S = 0.1
+"""Seconds that a commit is taken to need at least. One that the deadline cuts off leaves a server poisoned."""
+_WORTH_LEAVING_S = 1.0
+"""With less time left than this a server that cannot take the version stays: joining again stops it for a moment."""
 
 
 class ServerUpdate:
-    """Takes one version to one server. Runs on a thread of its own; `report` is there when `run` returns."""
+    """Takes one version to one server. Runs on a thread of its own; `report` is there when `run` returns.
+
+    Attributes:
+        is_absent: the publish went on without the server, or an engine of it.
+        has_left: it left the trainer, because it cannot take the version, and has to join again.
+    """
 
     def __init__(self, server: Server, source: Source, publication: Publication, policy: PausePolicy) -> None:
         self._server = server
@@ -89,12 +44,10 @@ class ServerUpdate:
         self._staged_s = self._pause_s = self._commit_s = 0.0
         self._error = ""
         self._touched = False
+        self._given_s = publication.deadline - self._began
+        self.is_absent = False
+        self.has_left = False
         self.report: ServerReport | None = None
-
-    @property
-    def is_absent(self) -> bool:
-        """Whether the server has to join (again)."""
-        return self.report is not None and self.report.state == ABSENT
 
     def run(self) -> None:
         """Do it. Never raises: what went wrong is in the report."""
@@ -105,18 +58,19 @@ class ServerUpdate:
             self.report = self._finished(LOST, dict.fromkeys(self._server.replicas, "unknown"))
 
     def _run(self) -> ServerReport:
+        # Nothing here touches the server, so it may join meanwhile, and be heard to be absent before that is through.
         heard = {name: self._hear(name) for name in self._server.replicas}
         self._staged_s = time.monotonic() - self._began
+        self.is_absent = not heard or "absent" in heard.values()
         ready = [name for name, state in heard.items() if state == "prepared"]
         if not ready:
-            return self._without_update(heard)
-        try:
-            self._open()
-        except WsyncError as e:  # nothing was written, and it is not paused
-            self._note(e)
-            states = {name: self._unwritten(name, e) for name in heard}
-            return self._finished(_worst(states), states)
-        return self._paused_update(ready, heard)
+            with self._server.claimed() as is_free:
+                return self._without_update(heard, is_free)
+        with self._server.busy:
+            if self._server.is_removed:
+                self._error = "it is none of the fleet's any more"
+                return self._finished(ABSENT, dict.fromkeys(heard, ABSENT))
+            return self._update(ready, heard)
 
     def _hear(self, replica: str) -> str:
         try:
@@ -125,20 +79,28 @@ class ServerUpdate:
             self._note(e)
             return "dropped"
 
-    def _without_update(self, heard: dict[str, str]) -> ServerReport:
+    def _without_update(self, heard: dict[str, str], is_free: bool) -> ServerReport:
         """No replica can take the version: the server is not even paused."""
         known = {"committed": COMMITTED, "absent": ABSENT}
         states = {name: known.get(state) or self._unwritten(name) for name, state in heard.items()}
-        kinds = set(states.values())
-        state = kinds.pop() if len(kinds) == 1 else LOST if LOST in kinds else self._unchanged() if states else ABSENT
-        if not states or ABSENT in states.values():
-            why = f": {self._server.join_error}" if self._server.join_error else ""
-            self._error = self._error or f"it has not joined the trainer{why}"
-        faults = self._publication.dropped
-        self._error = self._error or "; ".join(faults[name] for name in states if name in faults)
-        if self._server.held and not self._server.poisoned:
-            self._resume()  # the last resume did not get through
+        state = _worst(states) if states else ABSENT
+        self._explain(heard)
+        if is_free and self._server.held and not self._server.poisoned:
+            self._resume(0.0 if state in (ABSENT, LOST) else CLEANUP_S)  # the last resume did not get through
         return self._finished(state, states)
+
+    def _explain(self, heard: dict[str, str]) -> None:
+        """Why some replica has not got the version, if no error said so."""
+        if self._error:
+            return
+        absent = [name for name, state in heard.items() if state == "absent"]
+        if not heard or absent:
+            who = "it" if len(absent) == len(heard) else ", ".join(absent)
+            why = f": {self._server.join_error}" if self._server.join_error else ""
+            self._error = f"{who} has not joined the trainer{', and joins now' if self._server.is_joining else ''}{why}"
+        else:
+            faults = self._publication.dropped
+            self._error = "; ".join(faults[name] for name in heard if name in faults)
 
     def _unchanged(self) -> str:
         return POISONED if self._server.poisoned else OLD_VERSION
@@ -154,6 +116,29 @@ class ServerUpdate:
 
     # ---- with an update
 
+    def _update(self, ready: list[str], heard: dict[str, str]) -> ServerReport:
+        try:
+            self._open()
+        except WsyncError as e:  # nothing was written, and it is not paused
+            self._note(e)
+            states = {name: self._apart(name, heard, e) for name in heard}
+            self._leave()
+            return self._finished(_worst(states), states)
+        return self._paused_update(ready, heard)
+
+    def _apart(self, replica: str, heard: dict[str, str], error: WsyncError | None = None) -> str:
+        """What a replica serves that nobody asked to write."""
+        if heard[replica] == "committed":
+            return COMMITTED
+        if heard[replica] == "absent" and not self._server.poisoned:
+            return ABSENT
+        return self._unwritten(replica, error) if error is not None else self._unchanged()
+
+    def _leave(self) -> None:
+        """Nothing was written and nothing will be: the trainer need not wait until the deadline for this server."""
+        if self._left() > _WORTH_LEAVING_S:
+            self.has_left = self._server.leave()
+
     def _open(self) -> None:
         """Open the update session, before the pause. A session that an earlier failure left open is closed first."""
         client = self._server.client
@@ -164,7 +149,7 @@ class ServerUpdate:
                 raise
             except Exception:
                 with contextlib.suppress(Exception):
-                    _finish(client, None)
+                    finish(client, None)
                 client.start_weight_update()
 
     def _paused_update(self, ready: list[str], heard: dict[str, str]) -> ServerReport:
@@ -172,7 +157,8 @@ class ServerUpdate:
         try:
             self._pause()
             self._commit(ready, uniform=len(ready) == len(heard))
-            states = {name: COMMITTED if name in ready else self._unchanged() for name in heard}
+            states = {name: COMMITTED if name in ready else self._apart(name, heard) for name in heard}
+            self._explain(heard)
         except WsyncError as e:
             self._note(e)
             states = self._after_failure(ready, heard, e)
@@ -181,8 +167,10 @@ class ServerUpdate:
             self._server.poisoned = state in (LOST, POISONED)
         self._server.held = self._server.pausable
         if not self._server.poisoned:
-            self._resume()
+            self._resume(0.0 if state == LOST else CLEANUP_S)
         self._pause_s = time.monotonic() - began
+        if not self._touched:
+            self._leave()
         return self._finished(state, states)
 
     def _pause(self) -> None:
@@ -194,49 +182,53 @@ class ServerUpdate:
     def _commit(self, ready: list[str], uniform: bool) -> None:
         client, version = self._server.client, self._publication.version
         left = self._left()
+        self._check_time(left)
         update: dict[str, Any] = {"version": version, "deadline_s": left}
         if not uniform:
             update["replicas"] = ready
         began = time.monotonic()
         self._touched = True
-        with limited(client, left + _CLEANUP_S):
+        with limited(client, left + CLEANUP_S):
             with named_errors(self._server, "update_weights"):
                 client.update_weights(update)
-            self._commit_s = time.monotonic() - began
+            self._commit_s = self._server.commit_s = time.monotonic() - began
             with named_errors(self._server, "finish_weight_update"):
                 # A server whose engines differ has no one version: its label stays.
-                _finish(client, str(version) if uniform else None)
+                finish(client, str(version) if uniform else None)
+
+    def _check_time(self, left: float) -> None:
+        """A commit that has begun is not begun in vain: it has the time that the last one took, within reason."""
+        needed = max(_COMMIT_S, min(self._server.commit_s, self._given_s / 4))
+        if left < needed:
+            raise DeadlineError(
+                f"server {self._server.name!r} was paused {left:.2f} s before the deadline of version "
+                f"{self._publication.version}, and a commit is taken to need {needed:.2f} s"
+            )
 
     def _after_failure(self, ready: list[str], heard: dict[str, str], error: WsyncError) -> dict[str, str]:
         """What each replica serves now, as the coordinator knows it. Closes the session."""
         if not self._touched:  # no worker was asked to write: whatever is voted, the old version is what is there
             self._close_session(None)
-            return {name: self._unwritten(name, error) for name in heard}
-        states = {name: self._await_outcome(name) if name in ready else self._unchanged() for name in heard}
+            return {name: self._apart(name, heard, error) for name in heard}
+        states = {name: self._await_outcome(name) if name in ready else self._apart(name, heard) for name in heard}
         done = set(states.values()) == {COMMITTED}
         self._close_session(str(self._publication.version) if done else None)
         return states
 
     def _close_session(self, weight_version: str | None) -> None:
-        with limited(self._server.client, _CLEANUP_S), contextlib.suppress(Exception):
-            _finish(self._server.client, weight_version)
+        with limited(self._server.client, CLEANUP_S), contextlib.suppress(Exception):
+            finish(self._server.client, weight_version)
 
-    def _resume(self) -> None:
-        if not self._server.pausable:
-            return
-        try:
-            with limited(self._server.client, _CLEANUP_S), named_errors(self._server, "resume"):
-                self._server.client.resume()
-            self._server.held = False
-        except WsyncError as e:
-            self._note(e)
-            self._server.held = True
+    def _resume(self, patience_s: float) -> None:
+        error = self._server.resume(patience_s)
+        if error is not None:
+            self._note(error)
 
     # ---- what is known of the publish
 
     def _await_outcome(self, replica: str) -> str:
         """What a replica serves whose commit was begun and did not come back. The coordinator knows, in the end."""
-        end = self._publication.deadline + _CLEANUP_S
+        end = self._publication.deadline + CLEANUP_S
         while not self._publication.over and time.monotonic() < end:
             if self._publication.replicas.get(replica) in ("committed", "dropped"):
                 break
@@ -279,12 +271,4 @@ class ServerUpdate:
 def _worst(states: dict[str, str]) -> str:
     """One word for a server of several replicas."""
     kinds = set(states.values())
-    return next(kind for kind in (LOST, POISONED, OLD_VERSION, COMMITTED) if kind in kinds)
-
-
-def _finish(client: Any, weight_version: str | None) -> None:
-    """Close an update. Clients of older versions of vLLM take no label; None is the same as none."""
-    if weight_version is None:
-        client.finish_weight_update()
-    else:
-        client.finish_weight_update(weight_version)
+    return next(kind for kind in (LOST, POISONED, ABSENT, OLD_VERSION, COMMITTED) if kind in kinds)

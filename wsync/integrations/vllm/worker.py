@@ -43,6 +43,7 @@ class WsyncInitInfo:
         allow_missing: live tensors that no tensor of the trainer fills, on purpose.
         num_threads: of the verify and install kernels; None divides this process's cores among the replica's ranks.
         num_engines: data-parallel engines of the server.
+        afresh: leave and join anew, though this worker may have joined with all the same info.
     """
 
     store: str
@@ -54,6 +55,7 @@ class WsyncInitInfo:
     allow_missing: tuple[str, ...] = ()
     num_threads: int | None = None
     num_engines: int = 1
+    afresh: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.replica, str) or not _REPLICA.fullmatch(self.replica):
@@ -117,7 +119,7 @@ class WsyncWorkerBackend:
 
     Raises:
         ConfigError: LoRA is enabled (its layers are wrapped, and an adapter would sit on weights it was not trained
-            for), or this vLLM calls a backend in another way.
+            for), or the balancing of expert loads (vLLM moves experts about after they were recorded).
     """
 
     init_info_cls = WsyncInitInfo
@@ -130,6 +132,11 @@ class WsyncWorkerBackend:
             raise ConfigError(
                 "the weight transfer backend 'wsync' does not serve LoRA adapters: lora_config is set",
                 hint="start the server without --enable-lora, and publish merged weights",
+            )
+        if getattr(vllm_config.parallel_config, "enable_eplb", False):
+            raise ConfigError(
+                "the weight transfer backend 'wsync' does not serve experts that are moved about: enable_eplb is set",
+                hint="start the server without --enable-eplb",
             )
         found = signatures.worker_differences()
         if found:
@@ -162,12 +169,13 @@ class WsyncWorkerBackend:
         """Join the trainer's store: record the engine's loader, and stage in the background from then on.
 
         Called again with the same info it does nothing while the rank is alive (a restarted trainer on the same store
-        is found by itself); with another one it leaves, and joins anew.
+        is found by itself); with another one, or ``afresh``, it leaves, and joins anew.
 
         Raises:
             WsyncError: this rank is refused, or was not accepted in time. The engine serves what it served.
         """
-        if init_info == self._joined and self._is_alive():
+        is_afresh, init_info = init_info.afresh, dataclasses.replace(init_info, afresh=False)
+        if init_info == self._joined and self._is_alive() and not is_afresh:
             return
         self.shutdown()
         replica, rank, world_size = placement(self.parallel_config, init_info.replica, init_info.num_engines)

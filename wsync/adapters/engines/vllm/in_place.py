@@ -2,7 +2,8 @@
 
 vLLM on a CPU hands every linear weight to oneDNN, which keeps a packed copy that nothing can write: a version must be
 packed again, at 1-2 GB/s. Without that step weights stay in their parameters, so that a sync writes them in place, and
-generation runs on torch's own linear layers, which are slower. `docs/guides/vllm.md` has measured figures of both.
+generation runs on torch's own linear layers, which are slower. A table in `docs/guides/vllm.md` has updates and
+generation both ways.
 """
 
 from __future__ import annotations
