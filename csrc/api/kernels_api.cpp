@@ -211,6 +211,7 @@ py::dict descriptor_layout() {
     WSYNC_FIELD(PackDesc, wire_word);
     WSYNC_FIELD(PackDesc, scales);
     WSYNC_FIELD(PackDesc, scale_stride);
+    WSYNC_FIELD(PackDesc, amax);
     WSYNC_FIELD(PackDesc, row_phase);
     WSYNC_FIELD(PackDesc, col_phase);
     WSYNC_FIELD(PackDesc, op);
@@ -238,12 +239,35 @@ py::dict descriptor_layout() {
     py::list fields;
     WSYNC_FIELD(UnpackDesc, dst);
     WSYNC_FIELD(UnpackDesc, dst_stride);
+    WSYNC_FIELD(UnpackDesc, src_stride);
     WSYNC_FIELD(UnpackDesc, extent);
     WSYNC_FIELD(UnpackDesc, src_offset);
     WSYNC_FIELD(UnpackDesc, wire_word);
     WSYNC_FIELD(UnpackDesc, elem_bytes);
     WSYNC_FIELD(UnpackDesc, piece_idx);
+    WSYNC_FIELD(UnpackDesc, op);
+    WSYNC_FIELD(UnpackDesc, fill);
     layout["UNPACK_DESC"] = py::make_tuple(sizeof(UnpackDesc), fields);
+  }
+  {
+    py::list fields;
+    WSYNC_FIELD(TransformDesc, codes);
+    WSYNC_FIELD(TransformDesc, code_stride);
+    WSYNC_FIELD(TransformDesc, extent);
+    WSYNC_FIELD(TransformDesc, scales);
+    WSYNC_FIELD(TransformDesc, scale_stride);
+    WSYNC_FIELD(TransformDesc, tensor_scale);
+    WSYNC_FIELD(TransformDesc, dst);
+    WSYNC_FIELD(TransformDesc, dst_stride);
+    WSYNC_FIELD(TransformDesc, dst_scales);
+    WSYNC_FIELD(TransformDesc, dst_scale_stride);
+    WSYNC_FIELD(TransformDesc, row_phase);
+    WSYNC_FIELD(TransformDesc, col_phase);
+    WSYNC_FIELD(TransformDesc, recipe_op);
+    WSYNC_FIELD(TransformDesc, op);
+    WSYNC_FIELD(TransformDesc, dst_dtype);
+    WSYNC_FIELD(TransformDesc, piece_idx);
+    layout["TRANSFORM_DESC"] = py::make_tuple(sizeof(TransformDesc), fields);
   }
   return layout;
 }

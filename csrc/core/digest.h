@@ -13,14 +13,16 @@
 
 #include <cstdint>
 
+#include "core/dtype.h"
+
 namespace wsync {
 
 constexpr uint64_t kDigestKey = 0x9E3779B97F4A7C15ull;
 
-inline uint64_t digest_key(uint64_t word_index) { return (word_index + 1) * kDigestKey; }
+WSYNC_HD uint64_t digest_key(uint64_t word_index) { return (word_index + 1) * kDigestKey; }
 
 // f of one word under its key.
-inline uint64_t digest_word(uint64_t word, uint64_t key) {
+WSYNC_HD uint64_t digest_word(uint64_t word, uint64_t key) {
   const uint64_t x = word ^ key;
   return (x & 0xffffffffu) * (x >> 32) + x;
 }

@@ -14,7 +14,7 @@ from wsync.plan import descriptors
 from wsync.plan.descriptors import AMAX_DESC, OP_BF16, OP_COPY, OP_FP8_BLOCK128, PACK_DESC, SRC_BYTES, SRC_F32, SRC_F64
 
 
-@pytest.mark.parametrize("name", ["PACK_DESC", "AMAX_DESC", "UNPACK_DESC"])
+@pytest.mark.parametrize("name", ["PACK_DESC", "AMAX_DESC", "UNPACK_DESC", "TRANSFORM_DESC"])
 def test_descriptors_have_the_same_bytes_in_python_and_cpp(name):
     dtype = getattr(descriptors, name)
     size, fields = _C.descriptor_layout()[name]

@@ -98,7 +98,7 @@ def test_a_bad_value_in_a_stack_is_named_by_its_global_index():
 
 
 def test_descriptors_have_the_sizes_of_the_contract():
-    assert (PACK_DESC.itemsize, AMAX_DESC.itemsize, UNPACK_DESC.itemsize) == (128, 88, 96)
+    assert (PACK_DESC.itemsize, AMAX_DESC.itemsize, UNPACK_DESC.itemsize) == (136, 88, 136)
 
 
 def test_scale_tables_are_as_small_as_what_the_rank_writes():
@@ -121,7 +121,7 @@ def test_the_second_home_of_a_tied_weight_is_not_counted_again():
     (duplicates,) = program.duplicates
     assert (
         duplicates.descs.tobytes()
-        == np.array([(4096 + 64, (0, 0, 4, 1), (1, 1, 8, 4), 0, 0, 2, 1)], UNPACK_DESC).tobytes()
+        == np.array([(4096 + 64, (0, 0, 4, 1), (32, 32, 4, 1), (1, 1, 8, 4), 0, 0, 2, 1, 0, 0)], UNPACK_DESC).tobytes()
     )
     assert (duplicates.first_idx.tolist(), duplicates.storages) == ([0], ("s",))
 

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from wsync.errors import DtypeMismatchError, ManifestError
-from wsync.plan.descriptors import UNPACK_DESC, descriptor_dims
+from wsync.plan.descriptors import UNPACK_COPY, UNPACK_DESC, descriptor_dims
 from wsync.plan.padding import WORD_BYTES, padding_digest
 from wsync.plan.source_program import DescArray
 from wsync.plan.types import Bucket, Piece, SinkSlice, WirePart
+from wsync.spec.box import contiguous_strides
 from wsync.spec.dtypes import itemsize, same_bytes
 from wsync.spec.manifest import CopySpec, SinkRankManifest
 from wsync.spec.recipes import get_recipe
@@ -294,7 +295,9 @@ class _SinkCompiler:
             for number, (dst, strides, extents, elem_bytes), storage in self._destinations(piece):
                 found = rows.setdefault(number, [])
                 counted = UNCOUNTED_WORD if number in taken else word
-                found.append(((dst, strides, extents, piece.offset, counted, elem_bytes, len(found)), storage))
+                packed = contiguous_strides(extents)
+                fields = (dst, strides, packed, extents, piece.offset, counted, elem_bytes, len(found), UNPACK_COPY, 0)
+                found.append((fields, storage))
                 taken.append(number)
             numbers = tuple(sorted(set(taken)))
             if not runs or runs[-1][1] != numbers:

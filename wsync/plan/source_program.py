@@ -240,14 +240,14 @@ class _SourceCompiler:
         src = _address_in(shard, piece.box.offset, elem_bytes)
         strides, extents = descriptor_dims(shard.strides, piece.box.shape, part.name)
         word = base + piece.offset // WORD_BYTES
-        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, op, src_dtype, elem_bytes)
+        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, 0, op, src_dtype, elem_bytes)
 
     def _scale(self, piece: Piece, part: WirePart, base: int) -> tuple[object, ...]:
         table = self.tables[(part.tensor_idx, part.recipe)]
         src = self._scale_address(table, piece.box.offset)
         strides, extents = descriptor_dims(table.strides, piece.box.shape, part.name)
         word = base + piece.offset // WORD_BYTES
-        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, OP_COPY, SRC_BYTES, _F32_BYTES)
+        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, 0, OP_COPY, SRC_BYTES, _F32_BYTES)
 
     def _scale_address(self, table: ScaleTable, cell: Sequence[int]) -> int:
         return int(self.scales.ctypes.data) + _F32_BYTES * table.element_of(cell)
@@ -266,7 +266,7 @@ class _SourceCompiler:
             extents = (1, 1, *matrix.shape[-2:])
             scales = self._scale_address(table, cells)
             word = base + offset // WORD_BYTES
-            row = (src, strides, extents, offset, word, scales, table.strides[-2], *phases)
+            row = (src, strides, extents, offset, word, scales, table.strides[-2], 0, *phases)
             yield (*row, op, src_dtype, elem_bytes)
             offset += matrix.num_elements * itemsize(part.dtype)
 
