@@ -77,6 +77,15 @@ def e2m1_code(value):
 
 
 @triton.jit
+def e2m1_magnitude(value):
+    """e2m1 code, without its sign, of values that are not negative and less than 7; to nearest, ties to even."""
+    # Adding 2^22 times the power of two below the value (1 at least) rounds it to one bit after its first.
+    exponent = bits_of(tl.maximum(value, 1.0)) & INFINITY_BITS
+    magic = exponent + (22 << 23)
+    return bits_of(value + f32_of(magic)) - (magic - (exponent >> 22) + 254)
+
+
+@triton.jit
 def e2m1_pair(even, odd, ARCH: tl.constexpr):
     """One byte: the code of ``even`` in the low nibble."""
     if ARCH >= E2M1_ARCH:
@@ -164,9 +173,20 @@ def scale2_nvfp4(amax):
 @triton.jit
 def scale_nvfp4(block_amax, scale2):
     """e4m3 code of a block's scale, in uint32."""
-    scale = tl.div_rn(block_amax, 6.0 * scale2)
+    return code_of_scale(tl.div_rn(block_amax, 6.0 * scale2))
+
+
+@triton.jit
+def code_of_scale(scale):
     scale = tl.where(scale == 0.0, 1.0, scale)
     return e4m3_code(tl.minimum(tl.maximum(scale, 0.001953125), 448.0))
+
+
+@triton.jit
+def scale_nvfp4_safe(block_amax, scale2, tensor_amax):
+    """The same for the scales that `exact_quotient` divides by; a block above its tensor's amax gets 448 either way."""
+    divisor = 6.0 * scale2
+    return code_of_scale(exact_quotient(tl.minimum(block_amax, tensor_amax), divisor, tl.div_rn(1.0, divisor)))
 
 
 @triton.jit
@@ -175,10 +195,26 @@ def exact_quotient(value, divisor, reciprocal):
 
     Two steps of Newton: the first leaves less than one ulp of error, and from there the second is correctly rounded
     (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990, theorem 8.1). Asks
-    that the quotient be finite and that quotients near the subnormal range may be off: they encode as 0 either way. The
-    sign of a zero value is put back, which the last addition would lose.
+    that quotient and reciprocal be finite and that no residual be subnormal, or that the quotient be so small that it
+    encodes as 0 either way. The sign of a zero is lost.
     """
     quotient = value * reciprocal
     quotient = tl.fma(tl.fma(-quotient, divisor, value), reciprocal, quotient)
-    quotient = tl.fma(tl.fma(-quotient, divisor, value), reciprocal, quotient)
-    return f32_of(bits_of(quotient) | (bits_of(value) & 0x80000000))
+    return tl.fma(tl.fma(-quotient, divisor, value), reciprocal, quotient)
+
+
+@triton.jit
+def signed_quotient(value, divisor, reciprocal):
+    """The same with the value's sign; divisors are positive."""
+    return f32_of(bits_of(exact_quotient(value, divisor, reciprocal)) | (bits_of(value) & 0x80000000))
+
+
+@triton.jit
+def e2m1_quotient(value, divisor, reciprocal, most):
+    """e2m1 code of ``value / divisor`` for divisors below 2, so that no quotient loses its sign by underflow.
+
+    Values are cut at ``most``, 6.5 times the divisor, which encodes as 6.
+    """
+    magnitude = tl.minimum(tl.abs(value), most)
+    code = e2m1_magnitude(exact_quotient(magnitude, divisor, reciprocal))
+    return code + tl.where(value < 0.0, 8, 0).to(tl.uint32)

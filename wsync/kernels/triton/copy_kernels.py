@@ -27,13 +27,17 @@ from wsync.kernels.triton.tiles import add_digest, digest_of_words, f32_bits_of_
 
 @triton.jit
 def row_offset(row, strides, extents):
-    """Element offset of flat rows over the three outer dimensions whose strides and extents begin at the pointers."""
-    middle = tl.load(extents + 1)
-    inner = tl.load(extents + 2)
+    """Element offset of flat rows over the three outer dimensions whose strides and extents begin at the pointers.
+
+    Divides in the width of ``row``: 32 bits where a tile is moved, 64 where any element is looked for.
+    """
+    middle = tl.load(extents + 1).to(row.dtype)
+    inner = tl.load(extents + 2).to(row.dtype)
     outer = row // inner
-    offset = (row % inner) * tl.load(strides + 2)
-    offset += (outer % middle) * tl.load(strides + 1)
-    return offset + (outer // middle) * tl.load(strides)
+    offset = (row - outer * inner).to(tl.int64) * tl.load(strides + 2)
+    first = outer // middle
+    offset += (outer - first * middle).to(tl.int64) * tl.load(strides + 1)
+    return offset + first.to(tl.int64) * tl.load(strides)
 
 
 @triton.jit
@@ -65,25 +69,27 @@ def copy_words(
     desc = table + desc_idx * DESC_WORDS
     elem_bytes = tl.load(desc + 16) & 0xFFFFFFFF
     row_words = tl.multiple_of((tl.load(desc + 8) * elem_bytes) >> 3, 2)
-    row = tl.load(unit + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    word = tl.load(unit + 2).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    first_row = tl.load(unit + 1) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    first_word = tl.load(unit + 2).to(tl.int64) * WORDS
+    word = first_word + tl.arange(0, WORDS)
     mask = (row < num_rows(desc + 5))[:, None] & (word < row_words)[None, :]
     src = tl.multiple_of(tl.load(desc).to(tl.pointer_type(tl.uint64)), 16)
     src_row = tl.multiple_of((row_offset(row, desc + 1, desc + 5) * elem_bytes) >> 3, 2)
     words = tl.load(src + src_row[:, None] + word[None, :], mask=mask, other=0)
     dst = tl.multiple_of((dst_base + tl.load(desc + 9)).to(tl.pointer_type(tl.uint64)), 16)
-    tl.store(dst + row[:, None] * row_words + word[None, :], words, mask=mask)
+    tl.store(dst + row[:, None].to(tl.int64) * row_words + word[None, :], words, mask=mask)
     if SRC != BYTES:
         if tl.max((nonfinite_lanes(words, SRC) != 0).to(tl.int32)) != 0:
             report_bad(result, desc_idx)
     wire_word = tl.load(desc + 10).to(tl.uint64, bitcast=True)
-    add_masked(result, words, wire_word, row, word, row_words, mask)
+    add_masked(result, words, wire_word, first_row, first_word, row_words, mask)
 
 
 @triton.jit
-def add_masked(result, words, wire_word, row, word, row_words, mask):
-    """Adds the digest of packed words at any rows and columns."""
-    first = wire_word + (tl.min(row) * row_words + tl.min(word)).to(tl.uint64, bitcast=True)
+def add_masked(result, words, wire_word, first_row, first_word, row_words, mask):
+    """Adds the digest of a tile of packed words that begins at a row and a word of its box."""
+    first = wire_word + (first_row.to(tl.int64) * row_words + first_word).to(tl.uint64, bitcast=True)
     terms = digest_of_words(
         words & 0xFFFFFFFF, words >> 32, first, row_words.to(tl.uint64), words.shape[0], words.shape[1]
     )
@@ -99,7 +105,8 @@ def round_words(
     desc_idx = tl.load(unit).to(tl.int64)
     desc = table + desc_idx * DESC_WORDS
     row_pairs = tl.multiple_of(tl.load(desc + 8) >> 1, 4)
-    row = tl.load(unit + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.load(unit + 1) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     first_word = tl.load(unit + 2).to(tl.int64) * WORDS
     pair = first_word * 2 + tl.arange(0, WORDS * 2)
     row_ok = (row < num_rows(desc + 5))[:, None]
@@ -113,12 +120,13 @@ def round_words(
         report_bad(result, desc_idx)
     pairs = bf16_pair(even, odd, ARCH)
     dst = tl.multiple_of((dst_base + tl.load(desc + 9)).to(tl.pointer_type(tl.uint32)), 16)
-    tl.store(dst + row[:, None] * row_pairs + pair[None, :], pairs, mask=mask)
+    tl.store(dst + row[:, None].to(tl.int64) * row_pairs + pair[None, :], pairs, mask=mask)
     low, high = tl.split(tl.reshape(pairs, (ROWS, WORDS, 2)))
     words = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     word = first_word + tl.arange(0, WORDS)
     wire_word = tl.load(desc + 10).to(tl.uint64, bitcast=True)
-    add_masked(result, words, wire_word, row, word, row_pairs >> 1, row_ok & (word < (row_pairs >> 1))[None, :])
+    mask = row_ok & (word < (row_pairs >> 1))[None, :]
+    add_masked(result, words, wire_word, first_row, first_word, row_pairs >> 1, mask)
 
 
 @triton.jit(do_not_specialize=["dst_base"])
@@ -138,12 +146,13 @@ def copy_elements(
     desc_idx = tl.load(unit).to(tl.int64)
     desc = table + desc_idx * DESC_WORDS
     cols = tl.load(desc + 8)
-    row = tl.load(unit + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.load(unit + 1) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     col = tl.load(unit + 2).to(tl.int64) * COLS + tl.arange(0, COLS)
     mask = (row < num_rows(desc + 5))[:, None] & (col < cols)[None, :]
     at = tl.load(desc).to(POINTER) + row_offset(row, desc + 1, desc + 5)[:, None]
     raw = tl.load(at + (col * tl.load(desc + 4))[None, :], mask=mask, other=0)
-    packed = row[:, None] * cols + col[None, :]
+    packed = row[:, None].to(tl.int64) * cols + col[None, :]
     dst = dst_base + tl.load(desc + 9)
     if OP == BF16_ROUND and SRC != BF16:
         bits = f32_bits_of_element(raw, SRC)
@@ -168,8 +177,10 @@ def unpack_words(
     desc = table + tl.load(unit).to(tl.int64) * DESC_WORDS
     elem_bytes = tl.load(desc + 15) & 0xFFFFFFFF
     row_words = tl.multiple_of((tl.load(desc + 12) * elem_bytes) >> 3, 2)
-    row = tl.load(unit + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    word = tl.load(unit + 2).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    first_row = tl.load(unit + 1) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    first_word = tl.load(unit + 2).to(tl.int64) * WORDS
+    word = first_word + tl.arange(0, WORDS)
     mask = (row < num_rows(desc + 9))[:, None] & (word < row_words)[None, :]
     dst_row = tl.multiple_of((row_offset(row, desc + 1, desc + 9) * elem_bytes) >> 3, 2)
     dst = tl.multiple_of(tl.load(desc).to(tl.pointer_type(tl.uint64)), 16) + dst_row[:, None] + word[None, :]
@@ -182,7 +193,7 @@ def unpack_words(
         tl.store(dst, words, mask=mask)
     wire_word = tl.load(desc + 14)
     if wire_word != UNCOUNTED:
-        add_masked(result, words, wire_word.to(tl.uint64, bitcast=True), row, word, row_words, mask)
+        add_masked(result, words, wire_word.to(tl.uint64, bitcast=True), first_row, first_word, row_words, mask)
 
 
 @triton.jit(do_not_specialize=["src_base"])
@@ -192,7 +203,8 @@ def unpack_elements(
     """Copies, fills or takes the exponents of elements of any strides. Takes no digest."""
     unit = units + 3 * tl.program_id(0)
     desc = table + tl.load(unit).to(tl.int64) * DESC_WORDS
-    row = tl.load(unit + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.load(unit + 1) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     col = tl.load(unit + 2).to(tl.int64) * COLS + tl.arange(0, COLS)
     mask = (row < num_rows(desc + 9))[:, None] & (col < tl.load(desc + 12))[None, :]
     at = tl.load(desc).to(POINTER) + row_offset(row, desc + 1, desc + 9)[:, None]

@@ -29,12 +29,12 @@ def calls(key: tuple[Any, ...], arch: int) -> tuple[Any, dict[str, Any], int]:
     """The kernel of a launch's key, its compile-time arguments, and its warps."""
     name, *args = key
     if name == "quantise_tiles":
-        op, src, full, counted = args
-        constants = {"OP": op, "SRC": src, "ARCH": arch, "FULL": full, "COUNTED": counted}
+        op, src, full, counted, divide = args
+        constants = {"OP": op, "SRC": src, "ARCH": arch, "FULL": full, "COUNTED": counted, "DIVIDE": divide}
         return quantise_kernels.quantise_tiles, constants, configs.TILE_WARPS
     if name == "quantise_rows":
-        src, rows, cols = args
-        constants = {"SRC": src, "ARCH": arch, "ROWS": rows, "COLS": cols}
+        src, rows, cols, full = args
+        constants = {"SRC": src, "ARCH": arch, "ROWS": rows, "COLS": cols, "FULL": full}
         return quantise_kernels.quantise_rows, constants, configs.row_tile(cols)[2]
     if name == "row_scales":
         return quantise_kernels.row_scales, {"SRC": args[0]}, configs.TILE_WARPS
@@ -96,9 +96,12 @@ def run(key: tuple[Any, ...], units: Units, *args: Any, device: torch.device) ->
 def run_all(launches: Launches, *args: Any, device: torch.device) -> None:
     """Launches all of them in order."""
     for key, units in launches.items():
-        # Kernels that only write take no result.
-        needed = args[:-1] if key[0] in ("unpack_elements", "scales_of_cells") else args
-        run(key, units, *needed, device=device)
+        if key[0] in ("unpack_elements", "scales_of_cells"):  # they only write
+            run(key, units, *args[:-1], device=device)
+        elif key[0] == "row_scales":  # it knows no bucket
+            run(key, units, args[0], None, args[-1], device=device)
+        else:
+            run(key, units, *args, device=device)
 
 
 def first_bad_element(record: np.void, table: Tensor, idx: int, device: torch.device, rounded: bool) -> int:

@@ -184,7 +184,7 @@ def _digest_ranges(ranges: list[Range], result: torch.Tensor, device: torch.devi
     """Adds contiguous bytes to the digest: whole words of aligned ranges at full width, the rest byte by byte."""
     wide, narrow = [], []
     for address, nbytes, word in ranges:
-        whole = nbytes // 8 * 8 if address % 16 == 0 else 0
+        whole = nbytes // 16 * 16 if address % 16 == 0 else 0
         if whole:
             wide.append((address, whole, word))
         if nbytes - whole:

@@ -14,7 +14,8 @@ from wsync.kernels.triton.codec import (
     MAGNITUDE,
     e2m1_pair,
     e4m3_pair,
-    exact_quotient,
+    e2m1_quotient,
+    signed_quotient,
     f32_of,
     f32_of_e4m3,
     multiplier_tensor,
@@ -24,6 +25,7 @@ from wsync.kernels.triton.codec import (
     scale_f32,
     scale_mxfp8,
     scale_nvfp4,
+    scale_nvfp4_safe,
     scale_pow2,
 )
 from wsync.kernels.triton.constants import (
@@ -50,23 +52,37 @@ from wsync.kernels.triton.tiles import (
 )
 
 SAFE_LEAST = tl.constexpr(2.0**-60)
-SAFE_MOST = tl.constexpr(2.0**60)
+SAFE_MOST = tl.constexpr(2.0**-8)
+"""Divisors are up to 448 times ``weight_scale_2``."""
 
 
 @triton.jit
-def group_codes(even, odd, magnitude, desc, amax_of_tile, first_row, first_col, rows, cols, OP: tl.constexpr,
-                ARCH: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+def tensor_scale2(desc):
+    """``weight_scale_2`` of nvfp4, from the amax of the tensor."""
+    return scale2_nvfp4(tl.load(tl.load(desc + 13).to(tl.pointer_type(tl.float32))))
+
+
+@triton.jit
+def is_safe(scale2):
+    """Whether every block of nvfp4 may divide by multiplying: see `exact_quotient` and `e2m1_quotient`."""
+    return (scale2 >= SAFE_LEAST) & (scale2 <= SAFE_MOST)
+
+
+@triton.jit
+def group_codes(even, odd, magnitude, desc, first_row, first_col, rows, cols, OP: tl.constexpr, ARCH: tl.constexpr,
+                FULL: tl.constexpr, DIVIDE: tl.constexpr):  # fmt: skip
     """Codes of mxfp8 and nvfp4, whose groups are 32 or 16 columns of a row; writes the groups' scale bytes."""
     PAIRS: tl.constexpr = 16 if OP == MXFP8 else 8  # of one group
     GROUPS: tl.constexpr = TILE // 2 // PAIRS
     amax = f32_of(tl.max(tl.reshape(magnitude, (TILE, GROUPS, PAIRS)), axis=2))
-    scale2 = 1.0
     if OP == MXFP8:
         scale = scale_mxfp8(amax)
+        factor = reciprocal_e8m0(scale)
     else:
         tensor_amax = tl.load(tl.load(desc + 13).to(tl.pointer_type(tl.float32)))
         scale2 = scale2_nvfp4(tensor_amax)
-        scale = scale_nvfp4(amax, scale2)
+        scale = scale_nvfp4(amax, scale2) if DIVIDE else scale_nvfp4_safe(amax, scale2, tensor_amax)
+        factor = f32_of_e4m3(scale) * scale2
     row = first_row + tl.arange(0, TILE)
     group = first_col // (2 * PAIRS) + tl.arange(0, GROUPS)
     table = tl.load(desc + 11).to(tl.pointer_type(tl.uint8))
@@ -78,19 +94,17 @@ def group_codes(even, odd, magnitude, desc, amax_of_tile, first_row, first_col, 
     even_value = tl.reshape(f32_of(even), (TILE, GROUPS, PAIRS))
     odd_value = tl.reshape(f32_of(odd), (TILE, GROUPS, PAIRS))
     if OP == MXFP8:
-        multiplier = reciprocal_e8m0(scale)[:, :, None]
-        codes = e4m3_pair(even_value * multiplier, odd_value * multiplier, ARCH)
+        codes = e4m3_pair(even_value * factor[:, :, None], odd_value * factor[:, :, None], ARCH)
+    elif DIVIDE:
+        codes = e2m1_pair(
+            tl.div_rn(even_value, factor[:, :, None]), tl.div_rn(odd_value, factor[:, :, None]), ARCH
+        )
     else:
-        divisor = f32_of_e4m3(scale) * scale2
-        # Where neither the reciprocal nor a quotient can overflow or underflow, five operations divide exactly.
-        if (scale2 >= SAFE_LEAST) & (scale2 <= SAFE_MOST) & (f32_of(amax_of_tile) <= tensor_amax):
-            reciprocal = tl.div_rn(1.0, divisor)[:, :, None]
-            even_value = exact_quotient(even_value, divisor[:, :, None], reciprocal)
-            odd_value = exact_quotient(odd_value, divisor[:, :, None], reciprocal)
-        else:
-            even_value = tl.div_rn(even_value, divisor[:, :, None])
-            odd_value = tl.div_rn(odd_value, divisor[:, :, None])
-        codes = e2m1_pair(even_value, odd_value, ARCH)
+        reciprocal = tl.div_rn(1.0, factor)[:, :, None]
+        most = (factor * 6.5)[:, :, None]
+        even_code = e2m1_quotient(even_value, factor[:, :, None], reciprocal, most)
+        odd_code = e2m1_quotient(odd_value, factor[:, :, None], reciprocal, most)
+        codes = even_code | (odd_code << 4)
     return tl.reshape(codes, (TILE, TILE // 2))
 
 
@@ -125,13 +139,21 @@ def quantise_tiles(
     ARCH: tl.constexpr,
     FULL: tl.constexpr,
     COUNTED: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
-    """One program per unit: a 128 x 128 tile of the tensor's own grid of scale blocks."""
+    """One program per unit: a 128 x 128 tile of the tensor's own grid of scale blocks.
+
+    nvfp4 is launched twice, with and without ``DIVIDE``: tensors whose scale allows it go the short way, and the launch
+    whose turn it is not returns at once.
+    """
     unit = units + 3 * tl.program_id(0)
     desc_idx = tl.load(unit).to(tl.int64)
     block_row = tl.load(unit + 1).to(tl.int64)
     block_col = tl.load(unit + 2).to(tl.int64)
     desc = table + desc_idx * DESC_WORDS
+    if OP == NVFP4:
+        if is_safe(tensor_scale2(desc)) == DIVIDE:
+            return
     src = tl.load(desc)
     row_step = tl.load(desc + 3)
     rows = tl.load(desc + 7)
@@ -157,7 +179,7 @@ def quantise_tiles(
     even, odd = round_pairs(even, odd, SRC, ARCH)
     if OP == MXFP8 or OP == NVFP4:
         pairs = group_codes(
-            even, odd, round_amax(magnitude, SRC), desc, round_amax(top, SRC), first_row, first_col, rows, cols, OP, ARCH, FULL
+            even, odd, round_amax(magnitude, SRC), desc, first_row, first_col, rows, cols, OP, ARCH, FULL, DIVIDE
         )
     elif OP == CHANNEL_SCALED:
         pairs = row_scaled_codes(even, odd, desc, first_row + tl.arange(0, TILE), rows, ARCH)
@@ -182,8 +204,12 @@ def quantise_rows(
     ARCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
-    """fp8_channel for contiguous aligned rows of at most ``COLS`` columns: read once, held in registers."""
+    """fp8_channel for contiguous aligned rows of at most ``COLS`` columns: read once, held in registers.
+
+    ``FULL`` tiles have ``ROWS`` rows of ``COLS`` columns.
+    """
     unit = units + 3 * tl.program_id(0)
     desc_idx = tl.load(unit).to(tl.int64)
     first_row = tl.load(unit + 1).to(tl.int64) * ROWS
@@ -194,7 +220,10 @@ def quantise_rows(
     row = first_row + tl.arange(0, ROWS)
     ELEM: tl.constexpr = 4 if SRC == F32 or SRC == F32_EXACT else 2
     src = tl.load(desc) + first_row * row_step * ELEM
-    even, odd = load_pairs(src, row_step, SRC, ROWS, COLS // 2, (row < rows)[:, None], cols)
+    if FULL:
+        even, odd = load_pairs(src, row_step, SRC, ROWS, COLS // 2)
+    else:
+        even, odd = load_pairs(src, row_step, SRC, ROWS, COLS // 2, (row < rows)[:, None], cols)
     amax = tl.max(tl.maximum(even & MAGNITUDE, odd & MAGNITUDE), axis=1)
     if tl.max(amax) >= finite_limit(SRC):
         report_bad(result, desc_idx)
@@ -203,12 +232,12 @@ def quantise_rows(
     scales = tl.load(desc + 11).to(tl.pointer_type(tl.float32))
     tl.store(scales + row * tl.load(desc + 12), scale, mask=row < rows)
     reciprocal = tl.div_rn(1.0, scale)[:, None]
-    even_value = exact_quotient(f32_of(even), scale[:, None], reciprocal)
-    odd_value = exact_quotient(f32_of(odd), scale[:, None], reciprocal)
+    even_value = signed_quotient(f32_of(even), scale[:, None], reciprocal)
+    odd_value = signed_quotient(f32_of(odd), scale[:, None], reciprocal)
     pairs = e4m3_pair(even_value, odd_value, ARCH)
     wire_word = tl.load(desc + 10).to(tl.uint64, bitcast=True)
     dst = dst_base + tl.load(desc + 9)
-    emit(result, dst, wire_word, pairs, first_row, 0, rows, cols, ROWS, COLS // 2, False, True, True, True)
+    emit(result, dst, wire_word, pairs, first_row, 0, rows, cols, ROWS, COLS // 2, False, True, True, not FULL)
 
 
 @triton.jit

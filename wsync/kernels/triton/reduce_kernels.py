@@ -119,9 +119,9 @@ def digest_ranges(ranges, units, result, ALIGNED: tl.constexpr, WORDS: tl.conste
     nbytes = tl.load(entry + 1)
     first = tl.load(unit + 1).to(tl.int64) * WORDS
     word = first + tl.arange(0, WORDS)
-    if ALIGNED:  # to 16 bytes, and whole words
+    if ALIGNED:  # at both ends to 16 bytes
         base = tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16)
-        words = tl.load(base + word, mask=word < (nbytes >> 3), other=0)
+        words = tl.load(base + word, mask=word < tl.multiple_of(nbytes >> 3, 2), other=0)
     else:
         byte = word[:, None] * 8 + tl.arange(0, 8)[None, :]
         raw = tl.load(address.to(tl.pointer_type(tl.uint8)) + byte, mask=byte < nbytes, other=0)

@@ -142,13 +142,18 @@ def _plan_quantise(launches: Launches, last: Launches, idx: int, desc: np.void, 
     if op == d.OP_FP8_CHANNEL:
         if wide and cols <= configs.LONGEST_ROW:
             tile_rows, tile_cols, _ = configs.row_tile(cols)
-            launches.add(("quantise_rows", src, tile_rows, tile_cols), grid(idx, tiles(rows, tile_rows), 1))
+            whole = rows // tile_rows if cols == tile_cols else 0
+            units = grid(idx, tiles(rows, tile_rows), 1)
+            launches.add(("quantise_rows", src, tile_rows, tile_cols, True), units[:whole])
+            launches.add(("quantise_rows", src, tile_rows, tile_cols, False), units[whole:])
             return True
         launches.add(("row_scales", src), grid(idx, tiles(rows, configs.TILE), 1))
         launches, op = last, d.OP_FP8_CHANNEL_SCALED
     phase = int(desc["col_phase"]) if op in _FP8_BLOCKS else 0
     counted = (cols // packed) % 8 == 0 and phase % 8 == 0
-    add_tiles(launches, "quantise_tiles", idx, desc, (rows, cols), op, packed, wide, counted)
+    add_tiles(launches, "quantise_tiles", idx, desc, (rows, cols), op, packed, wide, counted, False)
+    if op == d.OP_NVFP4:  # once more, for tensors of unusual scale: see the kernel
+        add_tiles(launches, "quantise_tiles", idx, desc, (rows, cols), op, packed, wide, counted, True)
     return counted
 
 
