@@ -58,7 +58,11 @@ def test_every_recipe_equals_the_reference_for_dtypes_batches_edges_and_strides(
     for dtype in DTYPES:
         for shape in ((256, 256), (130, 160), (2, 5, 96)):
             weight = weights(shape, dtype)
-            for view in (weight, weight[..., :96:1][..., 1:, 32:], weight.transpose(-1, -2)[..., :, : shape[-2] // 32 * 32]):
+            for view in (
+                weight,
+                weight[..., :96:1][..., 1:, 32:],
+                weight.transpose(-1, -2)[..., :, : shape[-2] // 32 * 32],
+            ):
                 if view.numel() == 0:
                     continue
                 got, want = tk.quantize_triton(view, recipe), quantize_reference(view, recipe)
@@ -188,7 +192,14 @@ def test_the_first_non_finite_element_is_named(recipe, value):
 
 def test_malformed_descriptors_and_other_devices_are_refused():
     box = weights((4, 64))
-    for field, value in (("op", 12), ("src_dtype", 9), ("elem_bytes", 3), ("src", 0), ("scales", 0), ("row_phase", 128)):
+    for field, value in (
+        ("op", 12),
+        ("src_dtype", 9),
+        ("elem_bytes", 3),
+        ("src", 0),
+        ("scales", 0),
+        ("row_phase", 128),
+    ):
         record = pack_record(box, d.OP_FP8_BLOCK128, scales=1, scale_stride=1)
         record[field] = value
         with pytest.raises(ConfigError, match=field):

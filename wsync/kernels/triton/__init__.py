@@ -1,8 +1,8 @@
 """Triton kernels behind the same descriptors as the CPU's and CUDA's: the same bits.
 
-Importing this package asks for Triton and names what is missing; nothing else in wsync imports it. Memory that descriptors
-name is that of the current CUDA device, or of the host where ``TRITON_INTERPRET=1`` was set before the first import
-(slow, for tests). Descriptors, units and results travel to and from the device in every call.
+Importing this package asks for Triton and names what is missing; nothing else in wsync imports it. Memory that
+descriptors name is that of the current CUDA device, or of the host where ``TRITON_INTERPRET=1`` was set before the
+first import (slow, for tests). Descriptors, units and results travel to and from the device in every call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the kernels compile to, without a GPU: resources, and instructions against the budget of an H100.
 
-Predictions, not measurements. At 132 multiprocessors, 1.7 GHz and 3.35 TB/s an H100 has time, for each 16 bytes that cross
-its memory bus, for `BUDGET` instructions of one thread. A kernel whose counts all stay below it can be bound by memory.
+Predictions, not measurements. At 132 multiprocessors, 1.7 GHz and 3.35 TB/s an H100 has time, for each 16 bytes that
+cross its memory bus, for `BUDGET` instructions of one thread. A kernel whose counts all stay below it can be bound by
+memory.
 """
 
 from __future__ import annotations
@@ -134,9 +135,7 @@ def figures(key: tuple[Any, ...], bytes_read: int, bytes_written: int, arch: int
     counts = Counter(_CLASS_OF.get(op.split(".")[0], "other") for op in ops)
     per = {"issue": len(ops) * per_16_bytes, **{name: counts[name] * per_16_bytes for name in _CLASSES}}
     registers, shared = resources["REG"], int(binary.metadata.shared)
-    blocks = min(
-        65536 // (-(-registers // 8) * 8 * warps * 32), 64 // warps, 227 * 1024 // (shared + 1024)
-    )
+    blocks = min(65536 // (-(-registers // 8) * 8 * warps * 32), 64 // warps, 227 * 1024 // (shared + 1024))
     return {
         "arch": f"sm_{arch}{'a' if arch >= 90 else ''}",
         "warps": warps,

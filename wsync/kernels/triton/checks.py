@@ -33,8 +33,8 @@ def check_dtype(descs: Descs, dtype: np.dtype[Any], name: str) -> None:
 
 
 def _elements(descs: Descs) -> _Mask:
-    _refuse((descs["extent"] < 0).any(axis=1), descs, "extent", "extents are not negative")
-    return (descs["extent"] > 0).all(axis=1)
+    _refuse(np.asarray((descs["extent"] < 0).any(axis=1)), descs, "extent", "extents are not negative")
+    return np.asarray((descs["extent"] > 0).all(axis=1))
 
 
 def _phases(descs: Descs, blocks: _Mask) -> None:
@@ -61,7 +61,9 @@ def check_pack(descs: Descs) -> None:
         _refuse((op == group_op) & cut, descs, "extent", f"columns and col_phase are multiples of {group}")
     deep = (descs["extent"][:, :2] != 1).any(axis=1)
     _refuse(holds & quantises & deep, descs, "extent", "a quantised box has two dimensions")
-    _refuse(holds & quantises & (op != d.OP_FP8_TENSOR) & (descs["scales"] == 0), descs, "scales", "it needs an address")
+    _refuse(
+        holds & quantises & (op != d.OP_FP8_TENSOR) & (descs["scales"] == 0), descs, "scales", "it needs an address"
+    )
     reads_amax = np.isin(op, (d.OP_FP8_TENSOR, d.OP_NVFP4))
     _refuse(holds & reads_amax & (descs["amax"] == 0), descs, "amax", "it needs an address")
 

@@ -1,9 +1,9 @@
 """Codecs and scale rules as Triton functions: the twins of ``csrc/core/dtype.h``, bit for bit.
 
 Values travel as the bits of an f32 in uint32 and in pairs of neighbouring columns (``even``, ``odd``), because the
-hardware converts two at a time. ``ARCH`` is the compute capability (80, 90, ...) and 0 in Triton's interpreter, whose own
-float casts round wrongly: there, and before sm_89, the codecs are integer arithmetic. Divisions are `tl.div_rn`, the one
-that rounds as IEEE 754 says; ``/`` is approximate on a GPU.
+hardware converts two at a time. ``ARCH`` is the compute capability (80, 90, ...) and 0 in Triton's interpreter, whose
+own float casts round wrongly: there, and before sm_89, the codecs are integer arithmetic. Divisions are `tl.div_rn`,
+the one that rounds as IEEE 754 says; ``/`` is approximate on a GPU.
 """
 
 from __future__ import annotations

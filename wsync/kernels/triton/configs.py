@@ -1,7 +1,7 @@
 """Tile shapes and warps, chosen by what was compiled, not timed: see `wsync.kernels.triton.aot` for the figures.
 
-A tile reads 32 KiB of bf16 (64 KiB of f32), which with two or more programs on each multiprocessor covers the latency of
-HBM3 (about 25 KiB in flight for each), and leaves 64 elements to each of 256 threads.
+A tile reads 32 KiB of bf16 (64 KiB of f32), which with two or more programs on each multiprocessor covers the latency
+of HBM3 (about 25 KiB in flight for each), and leaves 64 elements to each of 256 threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kernels that copy, round to bf16 and unpack boxes of four dimensions, and digest what they write.
 
-The first three dimensions are the rows of a matrix whose columns are the last one. The wide kernels move 8-byte words of
-contiguous, aligned rows; the others move elements of any strides, and their digest is taken afterwards.
+The first three dimensions are the rows of a matrix whose columns are the last one. The wide kernels move 8-byte words
+of contiguous, aligned rows; the others move elements of any strides, and their digest is taken afterwards.
 """
 
 from __future__ import annotations

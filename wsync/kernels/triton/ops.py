@@ -1,7 +1,7 @@
 """The operations of `wsync.kernels.ops` through Triton: the same records, results and errors.
 
-Each takes ``device`` (the current CUDA device by default; the host in the interpreter) and works on torch's current stream
-of that device, or on ``stream``. It waits for its own result, which is read back.
+Each takes ``device`` (the current CUDA device by default; the host in the interpreter) and works on torch's current
+stream of that device, or on ``stream``. It waits for its own result, which is read back.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from wsync.errors import ConfigError
 from wsync.kernels.ops import PackResult
-from wsync.kernels.triton.configs import DIGEST_WORDS, GATHER_WORDS
 from wsync.kernels.triton.checks import Descs, check_amax, check_pack, check_unpack
+from wsync.kernels.triton.configs import DIGEST_WORDS, GATHER_WORDS
 from wsync.kernels.triton.launch import NO_BAD, first_bad_element, new_result, on_device, run, run_all, table_on
 from wsync.kernels.triton.support import device_of
 from wsync.kernels.triton.tables import (

@@ -1,8 +1,8 @@
 """Kernels that quantise: one program per 128 x 128 tile, or per group of whole rows for fp8_channel.
 
 Every kernel takes the descriptor table (17 int64 for each `PACK_DESC`), a table of units (int32 descriptor, tile row,
-tile column) and the bucket's address, so that one launch serves any number of tensors. ``result`` holds the digest and the
-lowest bad descriptor, both int64.
+tile column) and the bucket's address, so that one launch serves any number of tensors. ``result`` holds the digest
+and the lowest bad descriptor, both int64.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import triton.language as tl
 from wsync.kernels.triton.codec import (
     MAGNITUDE,
     e2m1_pair,
-    e4m3_pair,
     e2m1_quotient,
-    signed_quotient,
+    e4m3_pair,
     f32_of,
     f32_of_e4m3,
     multiplier_tensor,
@@ -27,6 +26,7 @@ from wsync.kernels.triton.codec import (
     scale_nvfp4,
     scale_nvfp4_safe,
     scale_pow2,
+    signed_quotient,
 )
 from wsync.kernels.triton.constants import (
     BLOCK128,
@@ -96,9 +96,7 @@ def group_codes(even, odd, magnitude, desc, first_row, first_col, rows, cols, OP
     if OP == MXFP8:
         codes = e4m3_pair(even_value * factor[:, :, None], odd_value * factor[:, :, None], ARCH)
     elif DIVIDE:
-        codes = e2m1_pair(
-            tl.div_rn(even_value, factor[:, :, None]), tl.div_rn(odd_value, factor[:, :, None]), ARCH
-        )
+        codes = e2m1_pair(tl.div_rn(even_value, factor[:, :, None]), tl.div_rn(odd_value, factor[:, :, None]), ARCH)
     else:
         reciprocal = tl.div_rn(1.0, factor)[:, :, None]
         most = (factor * 6.5)[:, :, None]
@@ -191,7 +189,9 @@ def quantise_tiles(
         pairs = e4m3_pair(f32_of(even) * multiplier, f32_of(odd) * multiplier, ARCH)
     wire_word = tl.load(desc + 10).to(tl.uint64, bitcast=True)
     dst = dst_base + tl.load(desc + 9)
-    emit(result, dst, wire_word, pairs, first_row, first_col, rows, cols, TILE, PAIRS, OP == NVFP4, FULL, COUNTED, False)
+    emit(
+        result, dst, wire_word, pairs, first_row, first_col, rows, cols, TILE, PAIRS, OP == NVFP4, FULL, COUNTED, False
+    )
 
 
 @triton.jit(do_not_specialize=["dst_base"])

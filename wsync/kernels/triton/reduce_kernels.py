@@ -8,7 +8,6 @@ import triton.language as tl
 from wsync.kernels.triton.codec import (
     INFINITY_BITS,
     MAGNITUDE,
-    f32_of,
     multiplier_tensor,
     scale2_nvfp4,
     scale_channel,

@@ -101,9 +101,8 @@ def add_tiles(launches: Launches, name: str, idx: int, desc: np.void, box: tuple
 
 def is_wide(desc: np.void, src_stride: npt.NDArray[np.int64], cols: int, dst: int) -> bool:
     """Whether a matrix has contiguous rows that are aligned at both ends."""
-    elem_bytes = int(desc["elem_bytes"]) if "elem_bytes" in desc.dtype.names else (
-        2 if int(desc["src_dtype"]) in (d.SRC_BF16, d.SRC_F16) else 4
-    )  # fmt: skip
+    # An AMAX_DESC has no elem_bytes.
+    elem_bytes = 2 if int(desc["src_dtype"]) in (d.SRC_BF16, d.SRC_F16) else 4
     contiguous = int(src_stride[1]) == 1 and dst % 16 == 0
     return contiguous and aligned_rows(int(desc["src"]), src_stride[:1], elem_bytes, cols * elem_bytes)
 

@@ -1,7 +1,7 @@
 """What the kernels share: loading tiles of pairs of columns, joining codes to words, storing and digesting them.
 
-``FULL`` tiles lie wholly in the box and have contiguous rows that are aligned to 16 bytes at both ends: no masks, 128-bit
-loads and stores. All others take any strides and edges, element by element.
+``FULL`` tiles lie wholly in the box and have contiguous rows that are aligned to 16 bytes at both ends: no masks,
+128-bit loads and stores. All others take any strides and edges, element by element.
 """
 
 from __future__ import annotations
