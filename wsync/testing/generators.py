@@ -97,7 +97,7 @@ def _random_cols(rng: random.Random, tensors: tuple[TensorSpec, ...]) -> dict[st
     """For each tensor the columns at whose multiples its edges fall."""
     cols = {}
     for t in tensors:
-        whole = len(t.shape) > 1 and t.shape[-1] % _COLUMNS == 0 and rng.random() < 0.7
+        whole = len(t.shape) > 1 and t.shape[-1] % _COLUMNS == 0 and rng.random() < 0.85
         cols[t.name] = cols[t.alias_of] if t.alias_of else _COLUMNS if whole else 1
     return cols
 
@@ -195,7 +195,7 @@ def _random_recipe(rng: random.Random, tensor: TensorSpec, cols: int, favourite:
         or (r.quantised and len(tensor.shape) > 1 and cols % r.group == 0)
         or (r.name == "bf16" and tensor.dtype != "float16")
     ]
-    return favourite if favourite in known and rng.random() < 0.7 else rng.choice(known)
+    return favourite if favourite in known and rng.random() < 0.8 else rng.choice(known)
 
 
 def _random_groups(
