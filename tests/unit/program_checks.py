@@ -36,6 +36,7 @@ from wsync.spec.manifest import (
 )
 
 M64 = 2**64
+FLOATS = ("bfloat16", "float16", "float32")
 HOST = RankInfo("h")
 
 
@@ -233,19 +234,19 @@ def expected_part(tensor: TensorSpec, values: np.ndarray, recipe: str, role: str
     return np.ascontiguousarray(raw).view(f"|V{raw.shape[-1]}")[..., 0]
 
 
+def amaxes_of(source: SourceManifest, ranks, trainer) -> dict:
+    """(rank index, checkpoint name) -> amax of its scale group."""
+    f32 = [as_f32(t, v) if t.dtype in FLOATS else v for t, v in zip(source.tensors, trainer.whole, strict=True)]
+    return group_amaxes(source, ranks, f32)
+
+
 def run_programs(source: SourceManifest, sink: SinkManifest, options: PlanOptions, seed: int) -> None:
     plan = make_plan(source, sink, None, options)
     trainer = Trainer(source, random.Random(seed), seed)
     programs = [compile_source(s, source.tensors, trainer.memory[s.rank]) for s in source_slices(plan)]
     wire, digests = pack_all(programs)
     by_name = {t.name: i for i, t in enumerate(source.tensors)}
-    quantised = {n for rank in sink.ranks for names in rank.scale_groups for n in names}
-    f32 = [as_f32(t, v) if t.name in quantised else None for t, v in zip(source.tensors, trainer.whole, strict=True)]
-    for tensor in source.tensors:
-        if tensor.alias_of and tensor.name in quantised:
-            idx = by_name[tensor.alias_of]
-            f32[idx] = as_f32(source.tensors[idx], trainer.whole[idx])
-    groups = group_amaxes(source, sink.ranks, f32)
+    groups = amaxes_of(source, sink.ranks, trainer)
     for rank_idx, (manifest, slice_) in enumerate(zip(sink.ranks, sink_slices(plan), strict=True)):
         storages = [np.zeros(s.num_elements, f"|V{itemsize(s.dtype)}") for s in manifest.storages]
         memory = [

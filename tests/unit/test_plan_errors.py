@@ -27,6 +27,7 @@ from wsync.spec import (
     default_cluster,
 )
 from wsync.spec.cluster import Cluster
+from wsync.spec.serde import FORMAT_VERSION
 
 HOST = RankInfo("h")
 W = TensorSpec("w", (8, 6), "bfloat16")
@@ -177,7 +178,7 @@ def test_a_cluster_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="host 'h'"):
         make_plan(source(), sink(), default_cluster(["elsewhere"]))
     with pytest.raises(FormatVersionError):
-        make_plan(source(), sink(), msgspec.structs.replace(default_cluster(["h"]), format_version=2))
+        make_plan(source(), sink(), msgspec.structs.replace(default_cluster(["h"]), format_version=FORMAT_VERSION + 1))
     lonely = Cluster((NodeGroup("g", 2, 10.0, hosts=("h", "far")),))
     far = SinkManifest((msgspec.structs.replace(sink().ranks[0], info=RankInfo("far")),))
     with pytest.raises(ConfigError, match=r"96 bytes must cross the edge of node 'far'.*0 nics"):
