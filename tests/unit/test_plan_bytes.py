@@ -202,7 +202,9 @@ class Run:
                     packed = get_recipe(part.recipe).packed
                     for rank, boxes in enumerate(self.scenario.source.shards[part.tensor_idx]):
                         for box in boxes if self.source_node[rank] == node else ():
-                            assert not entered[at(to_packed(box, packed))].any(), f"{part.name} enters node {node}, which holds it"
+                            assert not entered[at(to_packed(box, packed))].any(), (
+                                f"{part.name} enters node {node}, which holds it"
+                            )
 
 
 def run_plan(scenario: Scenario, seed: int = 0) -> tuple[Plan, Run]:

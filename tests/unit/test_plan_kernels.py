@@ -68,7 +68,7 @@ def replay_all(programs) -> tuple[dict[int, np.ndarray], dict[int, int]]:
     return wire, digests
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(SEEDS)
 def test_every_recipe_arrives_as_the_reference_quantises_the_whole_tensor(seed):
     scenario = random_scenario(random.Random(seed), max_tensors=4)

@@ -6,7 +6,6 @@ import msgspec
 import pytest
 
 from wsync.errors import ConfigError, FormatVersionError
-from wsync.spec.serde import FORMAT_VERSION
 from wsync.spec import (
     Cluster,
     Link,
@@ -20,6 +19,7 @@ from wsync.spec import (
     encode_cluster,
     load_cluster,
 )
+from wsync.spec.serde import FORMAT_VERSION
 
 GPU_NODE = NodeGroup(
     name="trainers",

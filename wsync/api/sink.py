@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
 from torch import nn, no_grad
 
 from wsync.adapters.engines.events import LiveConstant
+from wsync.adapters.engines.grouping import fused_groups, given_groups
 from wsync.adapters.engines.recorder import Recording, record_loader
 from wsync.adapters.engines.verify import verify_recording
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
@@ -53,7 +55,10 @@ class Sink:
         rank, world_size: within the replica.
         mode: ``"staged"``.
         recipes: recipe of each tensor: a dict by checkpoint name, or a function of `TensorSpec`; None asks the
-            engine's ``recipe_for`` where it has one, and otherwise copies.
+            engine's ``recipe_for`` where it has one, and otherwise the trainer's ``recipe``, or copies.
+        scale_groups: checkpoint names of tensors that share one scale of the whole tensor (``fp8_tensor``, ``nvfp4``),
+            such as those of q, k and v: their amax is taken over all of them. None groups the tensors whose weights the
+            engine fuses into one matrix.
         allow_missing: live tensors that the loader does not fill on purpose.
         num_threads: of the verify and install kernels; None divides this process's cores among the replica's ranks.
         join_deadline_s: seconds to wait for the trainer.
@@ -82,6 +87,7 @@ class Sink:
         world_size: int = 1,
         mode: str = "staged",
         recipes: Recipes | None = None,
+        scale_groups: Iterable[Iterable[str]] | None = None,
         allow_missing: Iterable[str] = (),
         num_threads: int | None = None,
         join_deadline_s: float = 60.0,
@@ -102,6 +108,7 @@ class Sink:
         self._load_weights = load_weights or load_by_name(tensors)
         self._tensors = tensors
         self._recipes = recipes if recipes is not None else getattr(engine_model, "recipe_for", None)
+        self._scale_groups = None if scale_groups is None else given_groups(scale_groups)
         self._allow_missing = tuple(allow_missing)
         self._info = local_info()
         self._recording: Recording | None = None
@@ -149,7 +156,11 @@ class Sink:
         self._constants = {}
         for constant in recording.constants:
             self._constants.setdefault(constant.storage_idx, []).append(constant)
-        return recording.manifest(self.replica, self.rank, self.world_size, self._info), recording.memory, steps
+        manifest = recording.manifest(self.replica, self.rank, self.world_size, self._info)
+        groups = self._scale_groups
+        if groups is None:
+            groups = fused_groups(manifest, lambda i: recording.storage_shape(i))
+        return structs.replace(manifest, scale_groups=groups), recording.memory, steps
 
     def _record(self, tensors: tuple[TensorSpec, ...]) -> Recording:
         module = self._engine if isinstance(self._engine, nn.Module) else None

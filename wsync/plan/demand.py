@@ -237,8 +237,8 @@ class _Rank:
         for name, other in recipes.items():
             if other != recipe:
                 raise ManifestError(
-                    f"{self.where} has {first!r} in recipe {recipe!r} and {name!r} in recipe {other!r}, but both in one "
-                    f"scale group"
+                    f"{self.where} has {first!r} in recipe {recipe!r} and {name!r} in recipe {other!r}, but both in "
+                    f"one scale group"
                 )
         try:
             needs_amax = get_recipe(recipe).needs_amax
@@ -274,8 +274,8 @@ def check_column(col: int, name: str, recipe: str, what: str) -> None:
     group = get_recipe(recipe).group
     if col % group:
         raise RecipeError(
-            f"recipe {recipe!r} encodes {group} columns of {name!r} together, but an edge of {what} is at column {col}, "
-            f"inside the group of columns {col // group * group} to {col // group * group + group - 1}",
+            f"recipe {recipe!r} encodes {group} columns of {name!r} together, but an edge of {what} is at column "
+            f"{col}, inside the group of columns {col // group * group} to {col // group * group + group - 1}",
             hint="cut columns at multiples of the group, or choose a recipe whose amaxes are exchanged",
         )
 

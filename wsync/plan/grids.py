@@ -1,8 +1,8 @@
 """A recipe's scales as grids over one tensor, in the planner's coordinates.
 
-The planner counts the elements that travel: columns of a weight of packed codes are bytes. A grid has as many dimensions
-as its weight, also where the engine's tensor of scales has fewer; both are converted where copies come in and where
-descriptors are made.
+The planner counts the elements that travel: columns of a weight of packed codes are bytes. A grid has as many
+dimensions as its weight, also where the engine's tensor of scales has fewer; both are converted where copies come in
+and where descriptors are made.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def all_dims(values: tuple[int, ...], num_dims: int, fill: int) -> tuple[int, ..
 
 def box_of_all_dims(box: Box, num_dims: int) -> Box:
     """A box of a part in the coordinates of its grid."""
-    return box if len(box.shape) == num_dims else Box(all_dims(box.offset, num_dims, 0), all_dims(box.shape, num_dims, 1))
+    return (
+        box if len(box.shape) == num_dims else Box(all_dims(box.offset, num_dims, 0), all_dims(box.shape, num_dims, 1))
+    )
 
 
 def group_of(names: Iterable[str], aliases: Mapping[str, str]) -> tuple[str, ...]:

@@ -105,9 +105,7 @@ def _number_parts(
         num_dims = len(demand.parts[0].shape)
         for p in demand.parts:
             shape = all_dims(p.shape, num_dims, 1)
-            parts.append(
-                WirePart(demand.tensor_idx, demand.recipe, p.role, p.name, p.dtype, shape, demand.group)
-            )
+            parts.append(WirePart(demand.tensor_idx, demand.recipe, p.role, p.name, p.dtype, shape, demand.group))
     return tuple(parts), part_of
 
 

@@ -55,9 +55,7 @@ class ScaleTable:
         return self.first + self.elem_bytes * sum((c - o) * s for c, o, s in steps)
 
 
-def lay_out_tables(
-    slice_: SourceSlice, grids: Sequence[Grids | None]
-) -> tuple[dict[TableKey, ScaleTable], int]:
+def lay_out_tables(slice_: SourceSlice, grids: Sequence[Grids | None]) -> tuple[dict[TableKey, ScaleTable], int]:
     """A table for each tensor of scales, just as large as what this rank writes or sends, and the bytes of all.
 
     Args:

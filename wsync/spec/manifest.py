@@ -30,6 +30,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kind: `PARAMETER` or `BUFFER`. Parameters must be finite.
         frozen: the trainer does not change it.
         alias_of: name of the tensor whose memory this one shares (tied weights), or None. Sent once, under that name.
+        recipe: what an engine gets that declares none for it; None leaves that to the engine's side.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str = PARAMETER
     frozen: bool = False
     alias_of: str | None = None
+    recipe: str | None = None
 
 
 class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

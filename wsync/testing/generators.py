@@ -95,7 +95,7 @@ def _random_tensors(rng: random.Random, count: int) -> tuple[TensorSpec, ...]:
 
 def _random_cols(rng: random.Random, tensors: tuple[TensorSpec, ...]) -> dict[str, int]:
     """For each tensor the columns at whose multiples its edges fall."""
-    cols = {}
+    cols: dict[str, int] = {}
     for t in tensors:
         whole = len(t.shape) > 1 and t.shape[-1] % _COLUMNS == 0 and rng.random() < 0.85
         cols[t.name] = cols[t.alias_of] if t.alias_of else _COLUMNS if whole else 1
@@ -208,7 +208,7 @@ def _random_groups(
         if recipe is not None and get_recipe(recipe).needs_amax:
             by_kind.setdefault((recipe, tensor.shape[:-2]), []).append(tensor.name)
     groups = []
-    for (recipe, batch), names in sorted(by_kind.items()):
+    for (_, batch), names in sorted(by_kind.items()):
         rng.shuffle(names)
         members = names[: rng.randint(1, len(names))]
         for tensor in tensors:

@@ -97,6 +97,12 @@ class Recording:
             return self.widened[storage_idx - len(self._live_idx)].scratch
         return self._live.flat(self._live_idx[storage_idx])
 
+    def storage_shape(self, storage_idx: int) -> tuple[int, ...]:
+        """The shape of the live tensor that is a storage; flat where no tensor is all of it."""
+        if storage_idx >= len(self._live_idx):
+            return (self.storages[storage_idx].num_elements,)
+        return self._live.shape_of(self._live.storages[self._live_idx[storage_idx]])
+
     @torch.no_grad()
     def write_constants(self) -> None:
         """Set what the loader sets itself (padding to zero), for an engine that never loaded a checkpoint.
@@ -119,9 +125,10 @@ def record_loader(
     """Run an engine's loader on stand-ins and record every copy into live memory. No live byte changes.
 
     Each tensor of the name table is offered as its recipe's parts would stand in a checkpoint of that format
-    (``weight`` and, for block fp8, ``weight_scale_inv``); f32 tensors of the trainer are offered as bf16. An f32 tensor
-    that the loader puts into f32 memory is recorded with the recipe ``raw`` instead, and keeps its bits. A bf16 or f16
-    tensor that it puts into wider memory arrives in scratch memory and is widened at the commit (`Recording.widened`).
+    (``weight`` and its scales, such as ``weight_scale_inv``); f32 tensors of the trainer are offered as bf16. An f32
+    tensor that the loader puts into f32 memory is recorded with the recipe ``raw`` instead, and keeps its bits. A bf16
+    or f16 tensor that it puts into wider memory arrives in scratch memory and is widened at the commit
+    (`Recording.widened`).
 
     Args:
         load_weights: takes pairs of a checkpoint name and a tensor. It runs on this thread, once.
