@@ -1,4 +1,4 @@
-"""An engine that fuses q, k, v and stacks experts, tensor parallel, in any recipe: its loader is the usual slicing code.
+"""An engine that fuses q, k, v and stacks experts, tensor parallel, in any recipe; its loader is slicing code.
 
 Weights are cut by heads, intermediate rows and experts' rows; scales of whole tensors are kept once for a fused matrix.
 """

@@ -149,5 +149,5 @@ def test_scale_groups_and_recipes_that_cannot_be_are_named(key_file):
                 join_all([engine], "fp8_tensor", source, key_file, scale_groups=groups)
     with pytest.raises(wsync.RecipeError, match="recipe 'mxfp8' takes tensors of 2 or more dimensions"):
         wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file, recipe={"norm.weight": "mxfp8"})
-    with pytest.raises(wsync.UnknownTensorError, match="'no.such'"):
+    with pytest.raises(wsync.UnknownTensorError, match=r"'no\.such'"):
         wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file, recipe={"no.such": "bf16"})
