@@ -133,6 +133,7 @@ def test_sink_has_this_surface():
         "*mode='staged'",
         "*recipes=None",
         "*scale_groups=None",
+        "*transforms=None",
         "*allow_missing=()",
         "*num_threads=None",
         "*join_deadline_s=60.0",

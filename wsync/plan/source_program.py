@@ -46,7 +46,7 @@ DescArray = npt.NDArray[np.void]
 Allocate = Callable[[int], Bytes]
 """Makes a contiguous array of that many bytes at a fixed address that is a multiple of 4."""
 
-_OPS = {
+RECIPE_OPS = {
     "fp8_block128": OP_FP8_BLOCK128,
     "fp8_block128_f32": OP_FP8_BLOCK128_F32,
     "fp8_channel": OP_FP8_CHANNEL,
@@ -269,7 +269,7 @@ class _SourceCompiler:
         recipe = get_recipe(part.recipe)
         shard = self._shard(part, piece.shard_idx, to_weights(piece.box, recipe.packed))
         src_dtype, elem_bytes = self._source_dtype(part)
-        op = (_SCALED_OPS if piece.mode == MODE_SCALED else _OPS).get(part.recipe)
+        op = (_SCALED_OPS if piece.mode == MODE_SCALED else RECIPE_OPS).get(part.recipe)
         if op is None or (grids.always and piece.part_idx not in self.grid_offset):
             raise ManifestError(f"the slice packs {part.name!r} without the amaxes that recipe {part.recipe!r} needs")
         offset = piece.offset
@@ -317,7 +317,7 @@ class _SourceCompiler:
                 table.strides[-2],
                 *_phases(matrix, recipe),
                 src_dtype,
-                _OPS[part.recipe],
+                RECIPE_OPS[part.recipe],
             )
             yield row, weights
 

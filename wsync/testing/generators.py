@@ -207,13 +207,14 @@ def _random_groups(
         recipe = recipes.get(tensor.name)
         if recipe is not None and get_recipe(recipe).needs_amax:
             by_kind.setdefault((recipe, tensor.shape[:-2]), []).append(tensor.name)
-    groups = []
+    groups: list[tuple[str, ...]] = []
     for (_, batch), names in sorted(by_kind.items()):
         rng.shuffle(names)
         members = names[: rng.randint(1, len(names))]
         for tensor in tensors:
+            taken = tensor.name in recipes or any(tensor.name in names for names in groups)
             encodable = tensor.dtype in _FLOATS and len(tensor.shape) > 1 and cols[tensor.name] == _COLUMNS
-            if tensor.name not in recipes and encodable and tensor.shape[:-2] == batch and rng.random() < 0.3:
+            if not taken and encodable and tensor.shape[:-2] == batch and rng.random() < 0.3:
                 members.append(tensor.name)
         if rng.random() < 0.7:
             groups.append(tuple(members))

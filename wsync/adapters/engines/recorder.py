@@ -42,6 +42,7 @@ class Recording:
             or as a number in the loader's code: through memory that the loader allocated, through other live memory,
             as a value read by ``item()``, or as a tensor of the loader's own. Then use `verify_recording`.
         widened: live memory whose values arrive in a narrower dtype; `last_steps` converts them at the commit.
+        scratch: memory of storages that come after all these, of what is transformed (`with_transforms`).
     """
 
     recipes: dict[str, str]
@@ -56,6 +57,7 @@ class Recording:
     _live: LiveMemory = field(repr=False)
     _live_idx: tuple[int, ...] = field(repr=False)
     _module: nn.Module | None = field(repr=False, default=None)
+    scratch: tuple[torch.Tensor, ...] = field(repr=False, default=())
 
     def manifest(self, replica: str, rank: int, world_size: int, info: RankInfo) -> SinkRankManifest:
         """The manifest of this engine rank."""
