@@ -151,3 +151,20 @@ def test_scale_groups_and_recipes_that_cannot_be_are_named(key_file):
         wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file, recipe={"norm.weight": "mxfp8"})
     with pytest.raises(wsync.UnknownTensorError, match=r"'no\.such'"):
         wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file, recipe={"no.such": "bf16"})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_weight_that_is_not_finite_is_named_in_every_recipe(key_file, recipe):
+    weights = make_weights(6, torch.bfloat16)
+    engine = FusedEngine(recipe, 0, 1)
+    with wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file) as source:
+        (sink,) = join_all([engine], recipe, source, key_file)
+        weights["experts.1.w3.weight"][17, 41] = float("inf")
+        publication = source.publish(1, deadline_s=30)
+        says = r"'experts\.1\.w3\.weight' is not finite at index \(17, 41\)"
+        with pytest.raises(wsync.NonFiniteError, match=says):
+            sink.prepare(30)
+        with pytest.raises(wsync.NonFiniteError, match=says):
+            publication.wait_committed()
+        assert not any(p.reshape(-1).view(torch.uint8).any() for p in engine.parameters())
+        sink.close()

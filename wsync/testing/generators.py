@@ -169,20 +169,12 @@ def _random_replica(
 def _take_parts(rng: random.Random, builder: _Storages, tensor: TensorSpec, recipe: str, box: Box) -> None:
     """A box of a weight and the scales that it touches; now and then only the weight, or only scales."""
     facts = get_recipe(recipe)
-    parts = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
-    grids = grids_of(facts, tensor.shape) if facts.quantised else None
-    weight = to_packed(box, facts.packed)
-    for part in parts:
+    parts = _parts_of(tensor, recipe, box)
+    for part, wanted in parts:
         lone = part.role == "weight" and facts.group > 1  # packing these weights makes the scales
         if len(parts) > 1 and not lone and rng.random() < 0.1:
             continue
-        if grids is None or part.role == "weight":
-            builder.take(tensor.name, part, weight, facts.group // facts.packed)
-            continue
-        grid = next(g for g in grids.levels if g.role == part.role)
-        cells = touched_cells(weight, grid.cell)
-        num_dims = len(part.shape)
-        builder.take(tensor.name, part, Box(cells.offset[:num_dims], cells.shape[:num_dims]))
+        builder.take(tensor.name, part, wanted, facts.group // facts.packed if part.role == "weight" else 1)
 
 
 def _random_recipe(rng: random.Random, tensor: TensorSpec, cols: int, favourite: str | None) -> str:
@@ -383,12 +375,36 @@ def _tp_rank(
         if tensor.alias_of:
             continue
         recipes[tensor.name] = recipe if quantises(tensor) else "bf16"
-        for part in recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipes[tensor.name]):
-            box = _tp_box(tensor.name, part.shape, rank, world)
+        for part, box in _parts_of(tensor, recipes[tensor.name], _tp_box(tensor.name, tensor.shape, rank, world)):
             storages.append(StorageSpec(part.name, part.dtype, math.prod(box.shape)))
             strides = contiguous_strides(box.shape)
             copies.append(CopySpec(tensor.name, part.role, box, len(storages) - 1, 0, strides))
-    return SinkRankManifest(replica, rank, world, RankInfo(host, rank), recipes, tuple(storages), tuple(copies))
+    groups = _fused(recipes) if get_recipe(recipe).needs_amax else ()
+    return SinkRankManifest(replica, rank, world, RankInfo(host, rank), recipes, tuple(storages), tuple(copies), groups)
+
+
+def _parts_of(tensor: TensorSpec, recipe: str, weights: Box) -> list[tuple[PartSpec, Box]]:
+    """The parts of a tensor, with the box of each that belongs to a box of weights."""
+    facts = get_recipe(recipe)
+    weight, *scales = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
+    packed = to_packed(weights, facts.packed)
+    found = [(weight, packed)]
+    for part, grid in zip(scales, grids_of(facts, tensor.shape).levels if scales else (), strict=True):
+        cells = touched_cells(packed, grid.cell)
+        num_dims = len(part.shape)
+        found.append((part, Box(cells.offset[:num_dims], cells.shape[:num_dims])))
+    return found
+
+
+def _fused(recipes: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The projections that engines fuse: q, k, v; gate, up."""
+    groups: dict[str, list[str]] = {}
+    for name in recipes:
+        stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+        fused = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+        if leaf in fused and get_recipe(recipes[name]).needs_amax:
+            groups.setdefault(f"{stem}.{fused[leaf]}", []).append(name)
+    return tuple(tuple(names) for names in groups.values())
 
 
 def _tp_box(name: str, shape: tuple[int, ...], rank: int, world: int) -> Box:
