@@ -45,6 +45,9 @@ def test_a_float_engine_holds_the_values_that_quantised_engines_compute_with(key
             commit_all(sinks, version)
             report = publication.wait_committed()
         floats = sum(2 * w.numel() for w in weights.values())
+        coverage = sinks[0].recording.coverage
+        assert (coverage.direct_bytes, coverage.transformed_bytes) == (128, (floats - 128) // 2)
+        assert "are transformed at the commit" in coverage.describe()
         assert report.wire_bytes < 0.66 * floats
         for sink in sinks:
             sink.close()

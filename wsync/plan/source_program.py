@@ -129,6 +129,12 @@ class SourceProgram:
         part_idx, box = self._amax_boxes[desc_idx]
         return self.slice_.parts[part_idx].name, _index(box, element)
 
+    def name_of_amax(self, element: int) -> str:
+        """Name of a tensor of this rank that has the amax at that element of the exchanged vector."""
+        regions = self.slice_.amax_regions
+        region = max((r for r in regions if r.grid_offset <= element), key=lambda r: r.grid_offset, default=regions[0])
+        return self.slice_.parts[region.part_idx].name
+
 
 def _index(box: Box, element: int) -> tuple[int, ...]:
     out = []

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from wsync import kernels
+from wsync.adapters.engines.coverage import Coverage
 from wsync.adapters.engines.recorder import Recording
 from wsync.errors import CommitError, ConfigError, RecipeError
 from wsync.plan.descriptors import (
@@ -144,13 +145,17 @@ class _Work:
         self.memory = list(recording.memory)
         self.kept: list[torch.Tensor] = []
         self.targets: dict[int, _Target] = {}
+        self.live_bytes: dict[int, int] = {}
 
     def recording_(self) -> Recording:
         for copy in self.recording.copies:
             transform = self.transforms.get(copy.tensor)
             if transform is None:
                 self.copies.append(copy)
-            elif copy.role == "weight" and copy.box.num_elements:
+                continue
+            nbytes = copy.box.num_elements * itemsize(self.storages[copy.storage_idx].dtype)
+            self.live_bytes[copy.storage_idx] = self.live_bytes.get(copy.storage_idx, 0) + nbytes
+            if copy.role == "weight" and copy.box.num_elements:
                 self._transform(copy, transform)
         return replace(
             self.recording,
@@ -158,8 +163,17 @@ class _Work:
             storages=tuple(self.storages),
             copies=tuple(self.copies),
             memory=self.memory,
+            coverage=self._coverage(),
             scratch=tuple(self.kept),
         )
+
+    def _coverage(self) -> Coverage:
+        coverage = self.recording.coverage
+        storages = list(coverage.storages)
+        for idx, nbytes in self.live_bytes.items():
+            was = storages[idx]
+            storages[idx] = replace(was, direct_bytes=max(0, was.direct_bytes - nbytes), transformed_bytes=nbytes)
+        return replace(coverage, storages=tuple(storages))
 
     def _transform(self, copy: CopySpec, transform: str) -> None:
         spec, recipe = self.specs[copy.tensor], get_recipe(self.recipes[copy.tensor])
