@@ -134,6 +134,7 @@ def test_sink_has_this_surface():
         "*recipes=None",
         "*scale_groups=None",
         "*transforms=None",
+        "*layouts=None",
         "*allow_missing=()",
         "*num_threads=None",
         "*join_deadline_s=60.0",

@@ -9,6 +9,8 @@ from msgspec import structs
 from torch import nn
 
 from wsync.adapters.engines.grouping import Groups, fused_groups, given_groups
+from wsync.adapters.engines.laying_out import Layouts as Layouts
+from wsync.adapters.engines.laying_out import with_layouts
 from wsync.adapters.engines.offering import recipe_of
 from wsync.adapters.engines.recorder import Recording, record_loader
 from wsync.adapters.engines.transforms import DEQUANTISE, check_transforms, plain_recipe, with_transforms
@@ -37,6 +39,7 @@ class EngineSide:
         recipes: Recipes | None,
         scale_groups: ScaleGroups | None,
         transforms: Transforms | None,
+        layouts: Layouts | None,
         allow_missing: Iterable[str],
     ) -> None:
         self.engine = engine_model
@@ -46,12 +49,14 @@ class EngineSide:
             kind = type(engine_model).__name__
             if load_weights is not None:
                 raise ConfigError(f"{kind}.record() and load_weights are given: one loader, please")
-            if transforms is not None:
-                raise ConfigError(f"{kind}.record() and transforms are given: its own last steps transform, please")
+            if transforms is not None or layouts is not None:
+                given = "transforms" if transforms is not None else "layouts"
+                raise ConfigError(f"{kind}.record() and {given} are given: one of them has the last steps, please")
         self._load_weights = load_weights or load_by_name(self._tensors)
         self._recipes = recipes if recipes is not None else getattr(engine_model, "recipe_for", None)
         self._groups: Groups | None = None if scale_groups is None else given_groups(scale_groups)
         self._transforms = transforms
+        self._layouts = dict(layouts or {})
         self._allow_missing = tuple(allow_missing)
 
     def record(self, tensors: tuple[TensorSpec, ...], num_threads: int) -> tuple[Recording, LastSteps]:
@@ -59,7 +64,7 @@ class EngineSide:
 
         Args:
             tensors: the name table.
-            num_threads: of transforms.
+            num_threads: of transforms and layouts.
 
         Raises:
             ConfigError: or one of its leaves: engine and trainer do not fit together.
@@ -73,6 +78,10 @@ class EngineSide:
         if self._records_itself:
             recorded = self.engine.record(tensors, self._recipes or {}, self._allow_missing)
             return recorded.recording, recorded.last_steps
+        recording, steps = self._record_transformed(tensors, num_threads)
+        return recording, with_layouts(recording, steps, self._layouts, num_threads)
+
+    def _record_transformed(self, tensors: tuple[TensorSpec, ...], num_threads: int) -> tuple[Recording, LastSteps]:
         transforms = self._wanted_transforms(tensors)
         if not transforms:
             recording = self._record_loader(tensors, self._recipes or {})

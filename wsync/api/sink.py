@@ -14,7 +14,7 @@ from torch import no_grad
 from wsync.adapters.engines.events import LiveConstant
 from wsync.adapters.engines.recorder import Recording
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
-from wsync.api.engine import EngineSide, Recipes, ScaleGroups, Transforms
+from wsync.api.engine import EngineSide, Layouts, Recipes, ScaleGroups, Transforms
 from wsync.api.live import LoadWeights, live_tensors
 from wsync.errors import ConfigError, DeadlineError, StateError, WsyncError
 from wsync.session.auth import derive_keys, load_secret
@@ -58,6 +58,8 @@ class Sink:
         transforms: what the commit makes of a tensor's parts, by checkpoint name, or a function of `TensorSpec`:
             ``"dequantise"`` for an engine that holds (and loads) floats where ``recipes`` has a quantised wire,
             ``"requantise_e8m0"`` for one that requantises 128 x 128 blocks to power-of-two scales when it loads.
+        layouts: for live tensors that the loader fills in plain form and the engine's kernels read in another: by name
+            a `wsync.plan.layouts.Layout` and the memory that the commit writes. The plain tensor is scratch memory.
         allow_missing: live tensors that the loader does not fill on purpose.
         num_threads: of the verify and install kernels; None divides this process's cores among the replica's ranks.
         join_deadline_s: seconds to wait for the trainer.
@@ -88,6 +90,7 @@ class Sink:
         recipes: Recipes | None = None,
         scale_groups: ScaleGroups | None = None,
         transforms: Transforms | None = None,
+        layouts: Layouts | None = None,
         allow_missing: Iterable[str] = (),
         num_threads: int | None = None,
         join_deadline_s: float = 60.0,
@@ -100,7 +103,7 @@ class Sink:
             raise ConfigError(f"replica must be a name without '/', got {replica!r}")
         self.replica = replica
         self.rank, self.world_size = rank_and_world(rank, world_size)
-        self._engine = EngineSide(engine_model, load_weights, recipes, scale_groups, transforms, allow_missing)
+        self._engine = EngineSide(engine_model, load_weights, recipes, scale_groups, transforms, layouts, allow_missing)
         self._num_threads = share_of_cores(num_threads, self.world_size)
         self._info = local_info()
         self._recording: Recording | None = None
