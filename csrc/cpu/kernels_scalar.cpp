@@ -6,6 +6,7 @@
 #include "core/digest.h"
 #include "core/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/rows_scalar.h"
 
 namespace wsync {
 namespace {
@@ -146,12 +147,14 @@ const Kernels& scalar_kernels() {
                                 quantise_bf16,
                                 quantise_bf16,
                                 quantise_f32,
+                                {scalar_bf16_rows(), scalar_f32_rows()},
                                 fence};
   return table;
 }
 
 const Kernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512_kernels();
   if (isa == Isa::kAvx2) return avx2_kernels();
 #endif
   (void)isa;
