@@ -100,3 +100,25 @@ def test_transforms_that_cannot_be_are_named(key_file):
         ]:
             with pytest.raises(error, match=says):
                 wsync.Sink(live, store=source.store, key_file=key_file, recipes=recipes, transforms=transforms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_stacks_are_dequantised_into_the_floats_that_the_engine_holds(key_file, dtype):
+    """In all recipes at once; f32 masters are rounded to bf16 before they are encoded, and decoded to f32."""
+    g = torch.Generator().manual_seed(9)
+    weights = {recipe: (torch.randn(3, 70, 96, generator=g) * 5).to(dtype) for recipe in QUANTISED}
+    live = {name: torch.zeros_like(w).transpose(1, 2).contiguous().transpose(1, 2) for name, w in weights.items()}
+    with wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file) as source:
+        with wsync.Sink(
+            live,
+            store=source.store,
+            key_file=key_file,
+            recipes={name: name for name in QUANTISED},
+            transforms=dict.fromkeys(QUANTISED, "dequantise"),
+        ) as sink:
+            publication = source.publish(1, deadline_s=30)
+            commit_all([sink], 1)
+            publication.wait_committed()
+    for name, weight in weights.items():
+        taken = weight.bfloat16() if dtype == torch.float32 else weight
+        assert torch.equal(live[name], dequantize_reference(quantize_reference(taken, name), name, dtype)), name

@@ -36,7 +36,7 @@ def with_layouts(recording: Recording, steps: LastSteps, layouts: Layouts, num_t
     Raises:
         ConfigError: the loader fills no tensor of that name, or the memory does not have the layout's size.
     """
-    index = {spec.name: i for i, spec in enumerate(recording.storages)}
+    index = {spec.name: i for i, spec in enumerate(recording.storages[: len(recording.coverage.storages)])}
     added = []
     for name, (layout, memory) in layouts.items():
         if name not in index:
@@ -46,7 +46,7 @@ def with_layouts(recording: Recording, steps: LastSteps, layouts: Layouts, num_t
 
 
 def _laid_out(recording: Recording, idx: int, layout: Layout, memory: torch.Tensor, num_threads: int) -> Repack:
-    spec, plain = recording.storages[idx], recording.memory[idx]
+    spec, plain = recording.storages[idx], recording.storage_view(idx)
     _check_fits(recording, idx, layout, memory)
     copies, fills = layout.copies(), layout.fills()
     elem_bytes = 1 if layout.op == UNPACK_EXPONENT else itemsize(spec.dtype)
@@ -58,7 +58,7 @@ def _laid_out(recording: Recording, idx: int, layout: Layout, memory: torch.Tens
         nonlocal read_back
         if memory.data_ptr() != address:
             raise StateError(f"the memory of {spec.name!r} moved from {address:#x} to {memory.data_ptr():#x}")
-        written = kernels.unpack(descs, plain.address, num_threads)
+        written = kernels.unpack(descs, plain.data_ptr(), num_threads)
         if read_back and kernels.installed_digest(descs, num_threads) != written:
             raise DigestError(f"what was laid out of {spec.name!r} is not what lies in the engine's memory")
         read_back = False

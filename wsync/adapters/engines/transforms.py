@@ -53,19 +53,21 @@ class _Target:
         storages: scratch storages that it is made of.
         rows: fields of TRANSFORM_DESC.
         tensors: the checkpoint tensor of each row.
+        scratch: the memory of those storages; the last step keeps it alive.
     """
 
     name: str
     storages: list[int] = field(default_factory=list)
     rows: list[tuple[object, ...]] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
+    scratch: list[torch.Tensor] = field(default_factory=list)
 
     def repack(self, num_threads: int) -> Repack:
         """The last step that runs them."""
         descs = np.array([(*row, i) for i, row in enumerate(self.rows)], TRANSFORM_DESC)
 
         def commit() -> None:
-            bad = kernels.transform(descs, num_threads)
+            bad = kernels.transform(descs, num_threads)  # reads self.scratch
             if bad is not None:
                 raise CommitError(f"{self.tensors[bad[0]]!r} is not finite once it is transformed into {self.name!r}")
 
@@ -203,6 +205,7 @@ class _Work:
         """Room for a box of a part; returns its address."""
         memory = torch.zeros(max(box.num_elements, 1) * itemsize(part.dtype), dtype=torch.uint8)
         self.kept.append(memory)
+        target.scratch.append(memory)
         idx = len(self.storages)
         self.storages.append(StorageSpec(f"{part.name} for {target.name}", part.dtype, box.num_elements))
         self.memory.append(StorageMemory(memory.data_ptr(), box.num_elements, part.dtype))
