@@ -17,6 +17,7 @@ from wsync.errors import (
     error_from_wire,
 )
 from wsync.spec import (
+    FORMAT_VERSION,
     ITEMSIZE,
     RECIPES,
     WHOLE,
@@ -234,7 +235,7 @@ def test_encoding_is_strict():
             decode(bad, SourceManifest)
     with pytest.raises(WireError, match="over the limit of 8"):
         decode(data, SourceManifest, max_bytes=8)
-    with pytest.raises(FormatVersionError, match=r"version 9.*version 1"):
+    with pytest.raises(FormatVersionError, match=rf"version 9.*version {FORMAT_VERSION}"):
         check_format(9, "the file")
 
 
