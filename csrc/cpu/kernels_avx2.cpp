@@ -22,6 +22,7 @@
 #include "cpu/simd_codes.h"
 #include "cpu/simd_stream.h"
 // What follows needs those.
+#include "cpu/simd_decode.h"
 #include "cpu/simd_rows.h"
 #include "cpu/simd_tiles.h"
 // What follows needs all.

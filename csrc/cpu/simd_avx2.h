@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/digest.h"
 
@@ -116,6 +117,21 @@ struct V {
     const I low = fold16(_mm256_packus_epi16(a, b));
     const I high = fold16(_mm256_packus_epi16(c, d));
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+
+  // Bytes, and half bytes from the low end on, to 32-bit lanes.
+  static inline I widen_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline I widen_nibbles(const uint8_t* p) {
+    uint32_t packed;
+    std::memcpy(&packed, p, 4);
+    return and_(_mm256_srlv_epi32(set32(packed), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)), set32(15));
+  }
+  // The values of e2m1 codes.
+  static inline F e2m1_values(I code) {
+    const F magnitude = _mm256_permutevar8x32_ps(_mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f), code);
+    return as_f(or_(as_i(magnitude), sll32<28>(and_(code, set32(8)))));
   }
 
   // The digest keys of consecutive 64-bit words, relative to the first.

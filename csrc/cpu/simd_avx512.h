@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/digest.h"
 
@@ -103,6 +104,22 @@ struct V {
   }
   static inline I nibbles(I a, I b, I c, I d) {
     return in_order32(_mm512_packus_epi16(fold16(_mm512_packus_epi16(a, b)), fold16(_mm512_packus_epi16(c, d))));
+  }
+
+  static inline I widen_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline I widen_nibbles(const uint8_t* p) {
+    uint64_t packed;
+    std::memcpy(&packed, p, 8);
+    const I words = _mm512_mask_blend_epi32(0xff00, set32(static_cast<uint32_t>(packed)),
+                                            set32(static_cast<uint32_t>(packed >> 32)));
+    const I shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    return and_(_mm512_srlv_epi32(words, shifts), set32(15));
+  }
+  static inline F e2m1_values(I code) {
+    return _mm512_permutexvar_ps(code, _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f,
+                                                      -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f));
   }
 
   static inline I word_keys() {

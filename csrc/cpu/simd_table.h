@@ -22,6 +22,8 @@ inline Kernels vector_kernels() {
           quantise_tile<Bf16Quantiser>,
           quantise_tile<F32Quantiser>,
           {row_kernels<Bf16Values>(), row_kernels<F32Values>()},
+          decode<E4m3Codes>,
+          decode<E2m1Codes>,
           fence};
 }
 

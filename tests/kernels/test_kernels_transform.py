@@ -121,6 +121,18 @@ def test_values_of_every_code_and_size_are_rounded_as_torch_does(dtype):
         assert np.array_equal(raw_bytes(dst), raw_bytes(want))
 
 
+@pytest.mark.parametrize("dtype", sorted(DST_OF, key=str))
+def test_codes_that_are_no_number_stay_so(dtype):
+    codes, scales = torch.arange(256, dtype=torch.uint8)[None].contiguous(), torch.ones(1, 1)
+    seen = set()
+    for isa in ISAS:
+        dst = torch.zeros(1, 256, dtype=dtype)
+        kernels.transform(dequantise_desc([codes, scales], "fp8_channel", dst), isa=isa)
+        assert torch.nonzero(dst.isnan())[:, 1].tolist() == [0x7F, 0xFF]
+        seen.add(raw_bytes(dst).tobytes())
+    assert len(seen) == 1
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 300),
