@@ -86,6 +86,10 @@ struct Kernels {
   // Of bf16 and of f32 values.
   RowKernels rows[2];
 
+  // n codes times a scale, one rounding: of e4m3, and of e2m1, two a byte (the first at the low end; n is even).
+  void (*decode_e4m3)(float* out, const uint8_t* codes, size_t n, float scale);
+  void (*decode_e2m1)(float* out, const uint8_t* codes, size_t n, float scale);
+
   // Orders non-temporal stores before whatever tells another thread or process that the bytes are there.
   void (*fence)();
 };
@@ -98,6 +102,7 @@ const Kernels& kernels_for(Isa isa);
 const Kernels& scalar_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
 #endif
 
 }  // namespace wsync

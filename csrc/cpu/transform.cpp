@@ -1,6 +1,5 @@
 // Encoded matrices by value: dequantised, or requantised to power-of-two scales.
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <vector>
 
@@ -38,19 +37,10 @@ std::vector<Unit> units_of(const TransformDesc* descs, size_t num_descs) {
   return units;
 }
 
-const std::array<float, 256>& e4m3_values() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> values{};
-    for (size_t code = 0; code < values.size(); ++code) values[code] = f32_of_e4m3(static_cast<uint8_t>(code));
-    return values;
-  }();
-  return table;
-}
-
 // Rows of an encoded matrix as f32: code * scale, one rounding.
 class Decoder {
  public:
-  explicit Decoder(const TransformDesc& d) : d_(d), e4m3_(e4m3_values()) {}
+  Decoder(const TransformDesc& d, const Kernels& k) : d_(d), k_(k) {}
 
   // Columns [begin, end) of a row.
   void row(float* out, int64_t row, int64_t begin, int64_t end) const {
@@ -95,18 +85,13 @@ class Decoder {
 
   void decode(float* out, int64_t row, int64_t col, int64_t n, float scale) const {
     const auto* codes = reinterpret_cast<const uint8_t*>(d_.codes) + row * d_.code_stride;
-    if (d_.recipe_op != kOpNvfp4) {
-      for (int64_t i = 0; i < n; ++i) out[i] = e4m3_[codes[col + i]] * scale;
-      return;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t pair = codes[(col + i) / 2];
-      out[i] = f32_of_e2m1((col + i) % 2 == 0 ? pair & 15u : pair >> 4) * scale;
-    }
+    const auto count = static_cast<size_t>(n);
+    if (d_.recipe_op != kOpNvfp4) return k_.decode_e4m3(out, codes + col, count, scale);
+    k_.decode_e2m1(out, codes + col / 2, count, scale);
   }
 
   const TransformDesc& d_;
-  const std::array<float, 256>& e4m3_;
+  const Kernels& k_;
 };
 
 template <typename T, typename Convert>
@@ -117,9 +102,14 @@ void store(uint64_t dst, int64_t stride, const float* values, int64_t n, Convert
   }
 }
 
-void store_row(const TransformDesc& d, int64_t row, int64_t col, const float* values, int64_t n) {
+void store_row(const TransformDesc& d, int64_t row, int64_t col, const float* values, int64_t n, const Kernels& k) {
   const int64_t elem_bytes = source_bytes(d.dst_dtype);
   const uint64_t dst = d.dst + static_cast<uint64_t>((row * d.dst_stride[0] + col * d.dst_stride[1]) * elem_bytes);
+  if (d.dst_stride[1] == 1 && d.dst_dtype == kSrcBf16) {
+    uint32_t max_bits = 0;
+    k.round_bf16(reinterpret_cast<void*>(dst), values, static_cast<size_t>(n), 0, &max_bits);
+    return;
+  }
   switch (d.dst_dtype) {
     case kSrcBf16:
       return store<uint16_t>(dst, d.dst_stride[1], values, n, [](float v) { return bf16_of_f32_bits(bits_of(v)); });
@@ -130,14 +120,14 @@ void store_row(const TransformDesc& d, int64_t row, int64_t col, const float* va
   }
 }
 
-void dequantise(const TransformDesc& d, const Unit& unit) {
-  const Decoder decoder(d);
+void dequantise(const TransformDesc& d, const Unit& unit, const Kernels& k) {
+  const Decoder decoder(d, k);
   float values[kTileCols];
   for (int64_t row = unit.begin; row < unit.end; ++row) {
     for (int64_t col = 0; col < d.extent[1]; col += kTileCols) {
       const int64_t end = std::min<int64_t>(d.extent[1], col + kTileCols);
       decoder.row(values, row, col, end);
-      store_row(d, row, col, values, end - col);
+      store_row(d, row, col, values, end - col, k);
     }
   }
 }
@@ -159,7 +149,7 @@ int64_t first_nonfinite(const Decoder& decoder, const Unit& unit, int64_t cols) 
 
 // One row of blocks, kTileBlocks at a time: all codes of a tile are read before any is written.
 void requantise(const TransformDesc& d, const Unit& unit, const Kernels& k, FirstBad* bad) {
-  const Decoder decoder(d);
+  const Decoder decoder(d, k);
   const int rows = static_cast<int>(unit.end - unit.begin);
   float* tile = scratch<float, Use::kTile>();
   auto* codes = reinterpret_cast<uint8_t*>(scratch<float, Use::kGathered>());
@@ -203,7 +193,7 @@ void transform(const TransformDesc* descs, size_t num_descs, int num_threads, Is
   parallel_for(units.size(), num_threads, [&](size_t i) {
     const TransformDesc& d = descs[units[i].desc];
     if (d.op == kTransformDequantise) {
-      dequantise(d, units[i]);
+      dequantise(d, units[i], k);
     } else {
       requantise(d, units[i], k, bad);
     }

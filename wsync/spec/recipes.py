@@ -224,8 +224,9 @@ def recipe_parts(name: str, shape: tuple[int, ...], dtype: str, recipe: str) -> 
     facts = get_recipe(recipe)
     if recipe == "raw":
         return (PartSpec(name, "weight", dtype, shape),)
-    if dtype not in ("bfloat16", "float32"):
-        raise RecipeError(f"recipe {recipe!r} takes bfloat16 or float32, but {name!r} is {dtype}")
+    taken = ("bfloat16", "float16", "float32") if facts.quantised else ("bfloat16", "float32")
+    if dtype not in taken:
+        raise RecipeError(f"recipe {recipe!r} takes {', '.join(taken)}, but {name!r} is {dtype}")
     check_shape(repr(name), shape, recipe)
     return (
         PartSpec(name, "weight", facts.weight_dtype, facts.weight_shape(shape)),
