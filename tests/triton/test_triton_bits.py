@@ -5,23 +5,31 @@ from __future__ import annotations
 import os
 import sys
 
-import pytest
-
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels' first import
-pytest.importorskip("triton.language")
-
 import numpy as np
+import pytest
 import torch
 
 from wsync import kernels
 from wsync.errors import ConfigError, NonFiniteError
 from wsync.formats import digest_bytes, quantize_reference
-from wsync.kernels import triton as tk
-from wsync.kernels.triton import codec, quantise_kernels
 from wsync.plan import descriptors as d
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("triton was imported to compile: run this folder in a process of its own", allow_module_level=True)
+
+with pytest.MonkeyPatch.context() as patch:  # triton's first import decides; no other test may inherit it
+    patch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton.language")
+    from wsync.kernels import triton as tk
+    from wsync.kernels.triton import codec, quantise_kernels
 
 RECIPES = ("bf16", "fp8_block128", "fp8_block128_f32", "fp8_channel", "fp8_tensor", "mxfp8", "nvfp4")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def raw(tensor):
