@@ -1,7 +1,7 @@
 """Delta encoding and applying on one core and on all: GB/s of bucket bytes, and the ratio to memcpy in the same run.
 
-Defined as in `bench/test_kernels.py`: the rate is bytes of the new version over the seconds of the fastest round, memcpy
-is measured right before and after, bars are asserted with ``WSYNC_BENCH_STRICT=1``. Weights are Gaussian bf16; every
+Defined as in `bench/test_kernels.py`: the rate is bytes of the new version over the seconds of the fastest round;
+memcpy is measured right before and after, bars are asserted with ``WSYNC_BENCH_STRICT=1``. Weights are Gaussian bf16; every
 ``1 / share``-th byte changes (each change of a word is one byte).
 """
 
@@ -39,13 +39,9 @@ class Versions:
         self.sizes: list[int] = []
 
     def encode(self, fresh: np.ndarray, num_threads: int) -> list[int]:
-        addresses = zip(
-            *(range(a.ctypes.data, a.ctypes.data + self.out.nbytes, BUCKET_BYTES) for a in self._all(fresh))
-        )
+        starts = (fresh.ctypes.data, self.base.ctypes.data, self.out.ctypes.data)
+        addresses = [[a + i * BUCKET_BYTES for a in starts] for i in range(NUM_BUCKETS)]
         return [kernels.delta_encode(*three, self.cuts, 1, 1, num_threads).num_bytes for three in addresses]
-
-    def _all(self, fresh: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return fresh, self.base, self.out
 
     def apply(self, bucket: np.ndarray, sizes: list[int], num_threads: int) -> None:
         for i, size in enumerate(sizes):

@@ -163,8 +163,7 @@ def test_a_code_of_another_base_or_another_length_is_refused_with_both_values():
 
 @pytest.mark.parametrize("cuts", [[[100, 2]], [[256, 1]], [[0, 2]], [[MAX_STRIPE_BYTES + 256, 2]]])
 def test_malformed_cuts_are_refused(cuts):
-    address = np.zeros(1024, np.uint8).ctypes.data
+    memory = np.zeros(1024, np.uint8)
+    address = memory.ctypes.data
     with pytest.raises(ConfigError, match=r"cuts\[0\]"):
-        kernels.delta_encode(
-            memory.ctypes.data, memory.ctypes.data, memory.ctypes.data, np.array(cuts, np.uint32), 1, 1
-        )
+        kernels.delta_encode(address, address, address, np.array(cuts, np.uint32), 1, 1)
