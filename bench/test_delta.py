@@ -1,8 +1,8 @@
 """Delta encoding and applying on one core and on all: GB/s of bucket bytes, and the ratio to memcpy in the same run.
 
 Defined as in `bench/test_kernels.py`: the rate is bytes of the new version over the seconds of the fastest round;
-memcpy is measured right before and after, bars are asserted with ``WSYNC_BENCH_STRICT=1``. Weights are Gaussian bf16; every
-``1 / share``-th byte changes (each change of a word is one byte).
+memcpy is measured right before and after, bars are asserted with ``WSYNC_BENCH_STRICT=1``. Weights are Gaussian bf16;
+of their bytes the share in the name changes (a word that moves by one step changes in one byte).
 """
 
 from __future__ import annotations
