@@ -44,7 +44,7 @@ Geometry geometry(std::uint32_t rank, std::uint32_t num_openers, std::uint64_t n
 py::object take(const Segment& segment, std::uint64_t cursor, std::uint64_t version) {
   const auto found = segment.take(cursor, version);
   if (!found) return py::none();
-  return py::make_tuple(found->bucket_pos, found->digest);
+  return py::make_tuple(found->bucket_pos, found->digest, found->num_bytes);
 }
 
 // The array refers to the segment's memory and keeps it mapped.
@@ -69,7 +69,7 @@ void register_shm(py::module_& m) {
       .def("address", &Segment::address, py::arg("bucket_pos"))
       .def_property_readonly("size_bytes", &Segment::size_bytes)
       .def("begin", &Segment::begin, py::arg("version"))
-      .def("publish", &Segment::publish, py::arg("bucket_pos"), py::arg("digest"))
+      .def("publish", &Segment::publish, py::arg("bucket_pos"), py::arg("digest"), py::arg("num_bytes"))
       .def("take", &take, py::arg("cursor"), py::arg("version"))
       .def("current", &Segment::current)
       .def("exchange", &exchange, "The f32 exchange area; keeps the memory mapped.")

@@ -13,7 +13,7 @@
 
 namespace wsync::shm {
 
-inline constexpr std::uint32_t kFormatVersion = 1;
+inline constexpr std::uint32_t kFormatVersion = 2;
 inline constexpr std::uint64_t kPageBytes = 4096;
 inline constexpr char kMagic[8] = {'W', 'S', 'Y', 'N', 'C', 'S', 'H', 'M'};
 inline constexpr char kNamePrefix[] = "wsync-stage-";
@@ -41,11 +41,12 @@ struct alignas(32) Slot {
   std::atomic<std::uint64_t> version;
   std::atomic<std::uint64_t> digest;
   std::atomic<std::uint32_t> bucket_pos;
+  std::atomic<std::uint64_t> num_bytes;
 };
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free,
               "atomics between processes must be lock free");
-static_assert(sizeof(Header) == 256 && sizeof(Slot) == 32, "the layout is part of format version 1");
+static_assert(sizeof(Header) == 256 && sizeof(Slot) == 32, "the layout is part of format version 2");
 
 // Byte offsets that follow from a geometry. Throws Error where they overflow.
 struct Layout {

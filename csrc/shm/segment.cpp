@@ -88,16 +88,21 @@ void Segment::begin(std::uint64_t version) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
-void Segment::publish(std::uint32_t bucket_pos, std::uint64_t digest) {
+void Segment::publish(std::uint32_t bucket_pos, std::uint64_t digest, std::uint64_t num_bytes) {
   Header& h = header();
   if (bucket_pos >= h.num_buckets || num_published_ >= h.num_buckets) {
     throw Error("ConfigError", "publication " + std::to_string(num_published_) + " of bucket position " +
                                    std::to_string(bucket_pos) + " in a segment with " + std::to_string(h.num_buckets) +
                                    " buckets");
   }
+  if (num_bytes > h.bucket_bytes) {
+    throw Error("ConfigError", "a message of " + std::to_string(num_bytes) + " bytes in a bucket of " +
+                                   std::to_string(h.bucket_bytes));
+  }
   Slot& s = slot(num_published_++);
   s.bucket_pos.store(bucket_pos, std::memory_order_relaxed);
   s.digest.store(digest, std::memory_order_relaxed);
+  s.num_bytes.store(num_bytes, std::memory_order_relaxed);
   s.version.store(h.current.load(std::memory_order_relaxed), std::memory_order_release);
 }
 
@@ -105,7 +110,8 @@ std::optional<Published> Segment::take(std::uint64_t cursor, std::uint64_t versi
   if (cursor >= header().num_buckets) return std::nullopt;
   const Slot& s = slot(cursor);
   if (s.version.load(std::memory_order_acquire) != version) return std::nullopt;
-  const Published found{s.bucket_pos.load(std::memory_order_relaxed), s.digest.load(std::memory_order_relaxed)};
+  const Published found{s.bucket_pos.load(std::memory_order_relaxed), s.digest.load(std::memory_order_relaxed),
+                        s.num_bytes.load(std::memory_order_relaxed)};
   // The slot may be rewritten for a later version meanwhile; `current` changed before that.
   std::atomic_thread_fence(std::memory_order_acquire);
   if (header().current.load(std::memory_order_relaxed) != version) return std::nullopt;

@@ -42,6 +42,7 @@ struct Geometry {
 struct Published {
   std::uint32_t bucket_pos;
   std::uint64_t digest;
+  std::uint64_t num_bytes;
 };
 
 struct Header;
@@ -67,8 +68,8 @@ class Segment {
 
   // Owner: the buckets are being overwritten from now on. Also removes the name if it is still there.
   void begin(std::uint64_t version);
-  // Owner: the bucket is packed.
-  void publish(std::uint32_t bucket_pos, std::uint64_t digest);
+  // Owner: the bucket's first `num_bytes` bytes are the message.
+  void publish(std::uint32_t bucket_pos, std::uint64_t digest, std::uint64_t num_bytes);
   // The publication number `cursor` of `version`, if it happened and still holds.
   std::optional<Published> take(std::uint64_t cursor, std::uint64_t version) const;
   std::uint64_t current() const;

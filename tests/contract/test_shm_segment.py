@@ -74,8 +74,8 @@ def test_a_reader_in_another_process_sees_bytes_digest_and_order_of_publication(
         deadline = time.monotonic() + 5
         while reader.take(1, 9) is None and time.monotonic() < deadline:
             reader.wait(reader.bell(), 0.01)
-        assert reader.take(0, 9) == (1, 2**64 - 1)
-        assert reader.take(1, 9) == (0, 5)
+        assert reader.take(0, 9) == (1, 2**64 - 1, 256)
+        assert reader.take(1, 9) == (0, 5, 0)
         assert reader.take(1, 8) is None
         assert memory_at(reader.address(1), 4096).tobytes() == b"\x2a" * 4096
         assert reader.alive()
@@ -85,8 +85,8 @@ def test_a_reader_in_another_process_sees_bytes_digest_and_order_of_publication(
         time.sleep(0.2)
         made.begin(9)
         memory_at(made.address(1), 4096)[:] = 0x2A
-        made.publish(1, 2**64 - 1)
-        made.publish(0, 5)
+        made.publish(1, 2**64 - 1, 256)
+        made.publish(0, 5, 0)
         made.ring()
 
     assert in_child(read, meanwhile=write) == 0
@@ -133,8 +133,8 @@ def test_beginning_a_version_removes_a_name_that_is_still_there(segment):
 def test_a_slot_of_an_overwritten_version_is_not_taken(segment):
     _, made = segment
     made.begin(4)
-    made.publish(0, 1)
-    assert made.take(0, 4) == (0, 1)
+    made.publish(0, 1, 1)
+    assert made.take(0, 4) == (0, 1, 1)
     made.begin(5)
     assert made.take(0, 4) is None
     assert made.take(0, 5) is None
@@ -204,7 +204,7 @@ def test_an_existing_name_is_never_reused(segment):
 def test_a_closed_segment_refuses_calls_instead_of_crashing(segment):
     _, made = segment
     made.close()
-    for call in (made.current, made.bell, made.ring, lambda: made.address(0), lambda: made.publish(0, 0)):
+    for call in (made.current, made.bell, made.ring, lambda: made.address(0), lambda: made.publish(0, 0, 0)):
         with pytest.raises(ConfigError, match="closed"):
             call()
 

@@ -82,6 +82,8 @@ def test_source_has_this_surface():
         "*join_deadline_s=60.0",
         "*peer_timeout_s=10.0",
         "*write_check='counts'",
+        "*delta=False",
+        "*delta_anchor_every=50",
     ]
     assert parameters(wsync.Source.publish) == ["version", "*min_replicas=None", "*deadline_s=60.0"]
 
@@ -101,6 +103,8 @@ def test_publication_and_report_have_this_surface():
         "sink_bytes",
         "staging_bytes",
         "ranks",
+        "sent",
+        "is_delta",
     }
 
 

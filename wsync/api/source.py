@@ -53,6 +53,10 @@ class Source:
             often each tensor was written in place (free; does not see arrays of others, writes through ``.data``, and
             ``foreach`` or ``fused`` optimizers on DTensors); ``"digest"`` also packs everything a second time and
             compares digests (sees all of these; adds about the packing's time to the trainer's stall).
+        delta: send only what changed in the encoded bytes since the last publish, where every engine rank holds that.
+            Costs memory: each trainer rank keeps what it packed and one bucket more, each engine rank the same of what
+            it receives. The same on all trainer ranks.
+        delta_anchor_every: every so many publishes one is sent whole all the same; rank 0's counts.
 
     Raises:
         ConfigError: bad arguments; `ManifestError` where ranks describe different models. Raised on every rank.
@@ -79,7 +83,12 @@ class Source:
         join_deadline_s: float = 60.0,
         peer_timeout_s: float = PEER_TIMEOUT_S,
         write_check: str = "counts",
+        delta: bool = False,
+        delta_anchor_every: int = 50,
     ) -> None:
+        if whole_number(delta_anchor_every, "delta_anchor_every") < 1:
+            raise ConfigError(f"delta_anchor_every must be at least 1, got {delta_anchor_every}")
+        anchor_every = delta_anchor_every if delta else 0
         if write_check not in _WRITE_CHECKS:
             raise ConfigError(f"write_check must be one of {_WRITE_CHECKS}, got {write_check!r}")
         self.rank, self.world_size = rank_and_world(rank, world_size)
@@ -114,6 +123,7 @@ class Source:
                     cluster=cluster,
                     options=options,
                     peer_timeout_s=peer_timeout_s,
+                    anchor_every=anchor_every,
                 )
                 store = self._coordinator.store
             self.store = store
@@ -128,6 +138,7 @@ class Source:
                 join_deadline_s=join_deadline_s,
                 keepalive=self._description,
                 second_read=write_check == "digest",
+                delta=delta,
             )
         except BaseException:
             self.close()

@@ -9,6 +9,7 @@ Memory that a descriptor names must stay valid and, where it is read, unchanged 
 descriptors, not addresses.
 """
 
+from wsync.kernels.delta import Cuts, Encoded, delta_apply, delta_cuts, delta_encode
 from wsync.kernels.ops import (
     PackResult,
     amax,
@@ -29,9 +30,14 @@ from wsync.kernels.ops import (
 from wsync.kernels.weights import dequantize, quantize
 
 __all__ = [
+    "Cuts",
+    "Encoded",
     "PackResult",
     "amax",
     "best_isa",
+    "delta_apply",
+    "delta_cuts",
+    "delta_encode",
     "dequantize",
     "digest",
     "installed_digest",

@@ -81,6 +81,7 @@ class Coordinator:
         keys: the job's keys.
         num_sources: trainer ranks.
         transport: name of the transport, or ``"auto"``.
+        anchor_every: see `Round`.
 
     Raises:
         ConnectError: the address cannot be bound.
@@ -97,7 +98,9 @@ class Coordinator:
         cluster: Cluster | None = None,
         options: PlanOptions | None = None,
         peer_timeout_s: float = PEER_TIMEOUT_S,
+        anchor_every: int = 0,
     ) -> None:
+        self._anchor_every = anchor_every
         self.incarnation = time.time_ns()
         self._members = Membership(num_sources)
         self._transport = transport
@@ -283,6 +286,11 @@ class Coordinator:
                 f"trainer rank {message.manifest.rank} wants transport {message.transport!r}, "
                 f"rank 0 wants {self._transport!r}"
             )
+        if message.delta != (self._anchor_every > 0):
+            raise StateError(
+                f"trainer rank {message.manifest.rank} says delta={message.delta}, "
+                f"rank 0 says delta={self._anchor_every > 0}"
+            )
         try:
             self._members.add_source(uid, message.manifest)
             source = self._members.merge_sources()
@@ -358,6 +366,7 @@ class Coordinator:
             cluster=self._cluster,
             options=self._options,
             now=now,
+            anchor_every=self._anchor_every,
         )
 
     def _transport_for(self, hosts: list[str]) -> str:

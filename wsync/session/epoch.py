@@ -32,6 +32,8 @@ class Epoch:
         totals: bytes of each publish.
         offers: of the ranks that compiled their slice.
         ready: ranks that reached every end.
+        held_seq: the publish whose wire bytes every rank holds, whole and verified; 0: there is none for sure.
+        num_deltas: publishes since the last whole one.
     """
 
     number: int
@@ -42,6 +44,8 @@ class Epoch:
     totals: Totals
     offers: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
     ready: set[bytes] = dataclasses.field(default_factory=set)
+    held_seq: int = 0
+    num_deltas: int = 0
 
     @property
     def sinks(self) -> list[Client]:
@@ -60,17 +64,25 @@ class Epoch:
         }
         return same and self.ready >= {c.uid for c in self.clients}
 
-    def send_setup(self, send: Outbox, transport: str, deadline_s: float) -> None:
+    def send_setup(self, send: Outbox, transport: str, deadline_s: float, *, delta: bool = False) -> None:
         """Give every rank its slice."""
         num_sources = len(self.sources)
 
         def setup(client: Client, slice_: SourceSlice | SinkSlice) -> None:
-            send(client, Setup(self.number, self.digest, transport, num_sources, deadline_s, encode(slice_)))
+            send(client, Setup(self.number, self.digest, transport, num_sources, deadline_s, encode(slice_), delta))
 
         for rank, client in enumerate(self.sources):
             setup(client, source_slice(self.plan, rank, self.digest))
         for idx, client in enumerate(self.sinks):
             setup(client, sink_slice(self.plan, idx, self.digest))
+
+    def next_base(self, anchor_every: int) -> int:
+        """What the publish that begins now is a delta against; 0 means that it is whole."""
+        base, self.held_seq = self.held_seq, 0
+        if self.num_deltas + 1 >= anchor_every:
+            base = 0
+        self.num_deltas = self.num_deltas + 1 if base else 0
+        return base
 
     def send_connect(self, send: Outbox, deadline_s: float) -> None:
         """Give every rank everybody's offers."""

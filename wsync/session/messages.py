@@ -57,6 +57,7 @@ class SourceJoin(_Message, frozen=True):
     format_version: int
     transport: str
     manifest: SourceRankManifest
+    delta: bool = False
 
 
 class SinkJoin(_Message, frozen=True):
@@ -100,11 +101,38 @@ class PublishRequest(_Message, frozen=True):
     deadline_s: float
 
 
+class Sent(msgspec.Struct, frozen=True, array_like=True):
+    """What trainer ranks sent of a publish, where deltas are on; all zero where they are off.
+
+    Attributes:
+        dense_buckets, delta_buckets: that travelled as they are, and as codes.
+        dense_bytes, delta_bytes: of these.
+        changed_elements, compared_elements: codes or words that differ from the base, of all that have one.
+    """
+
+    dense_buckets: int = 0
+    delta_buckets: int = 0
+    dense_bytes: int = 0
+    delta_bytes: int = 0
+    changed_elements: int = 0
+    compared_elements: int = 0
+
+    def __add__(self, other: Sent) -> Sent:
+        mine, theirs = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
+        return Sent(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def density(self) -> float:
+        """Share of the elements that changed; 0 where nothing was compared."""
+        return self.changed_elements / max(self.compared_elements, 1)
+
+
 class Packed(_Message, frozen=True):
-    """This trainer rank's memory was read; its optimizer may write."""
+    """This trainer rank's memory was read; its optimizer may write. ``sent``: what its buckets became."""
 
     seq: int
     stamps: tuple[Stamp, ...]
+    sent: Sent = Sent()
 
 
 class Flushed(_Message, frozen=True):
@@ -173,7 +201,10 @@ class Rejoin(_Message, frozen=True):
 
 
 class Setup(_Message, frozen=True):
-    """A new epoch: compile this slice (an encoded `SourceSlice` or `SinkSlice`) and offer staging."""
+    """A new epoch: compile this slice (an encoded `SourceSlice` or `SinkSlice`) and offer staging.
+
+    ``delta``: keep the wire bytes of each version, for deltas against it.
+    """
 
     epoch: int
     plan_digest: str
@@ -181,6 +212,7 @@ class Setup(_Message, frozen=True):
     num_sources: int
     deadline_s: float
     slice_: bytes
+    delta: bool = False
 
 
 class Connect(_Message, frozen=True):
@@ -193,7 +225,10 @@ class Connect(_Message, frozen=True):
 
 
 class Begin(_Message, frozen=True):
-    """Publish ``version`` now, as ``seq``. A trainer rank is told the ``replicas`` that take part."""
+    """Publish ``version`` now, as ``seq``. A trainer rank is told the ``replicas`` that take part.
+
+    ``base_seq``: the publish that the buckets may be deltas against; 0 means that they come whole.
+    """
 
     seq: int
     version: int
@@ -201,6 +236,7 @@ class Begin(_Message, frozen=True):
     plan_digest: str
     deadline_s: float
     replicas: tuple[str, ...] = ()
+    base_seq: int = 0
 
 
 class Decide(_Message, frozen=True):
@@ -258,6 +294,8 @@ class Finished(_Message, frozen=True):
     fault: Fault | None
     totals: Totals
     ranks: tuple[RankStamps, ...]
+    sent: Sent = Sent()
+    is_delta: bool = False
 
 
 class Refused(_Message, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from wsync.session.messages import Finished, RankStamps
+from wsync.session.messages import Finished, RankStamps, Sent
 
 
 class PublishReport(msgspec.Struct, frozen=True):
@@ -24,6 +24,8 @@ class PublishReport(msgspec.Struct, frozen=True):
         sink_bytes: encoded bytes that all engine ranks took together.
         staging_bytes: staging memory of the transport.
         ranks: every phase of every rank, on its host's monotonic clock.
+        sent: with ``Source(delta=True)``, buckets and bytes sent whole and as deltas, and the density of changes.
+        is_delta: whether buckets could be sent as deltas; false for an anchor.
     """
 
     version: int
@@ -36,6 +38,8 @@ class PublishReport(msgspec.Struct, frozen=True):
     sink_bytes: int
     staging_bytes: int
     ranks: tuple[RankStamps, ...]
+    sent: Sent = Sent()
+    is_delta: bool = False
 
     @property
     def logical_gbps(self) -> float:
@@ -71,4 +75,6 @@ def build_report(version: int, finished: Finished, total_s: float, stall_s: floa
         sink_bytes=finished.totals.sink_bytes,
         staging_bytes=finished.totals.staging_bytes,
         ranks=finished.ranks,
+        sent=finished.sent,
+        is_delta=finished.is_delta,
     )

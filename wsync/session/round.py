@@ -35,6 +35,7 @@ from wsync.session.messages import (
     RankStamps,
     Ready,
     ReplicaCommitted,
+    Sent,
     Stamp,
     Totals,
     Voted,
@@ -66,6 +67,7 @@ class Round:
         epoch: the one of the last round, or None.
         send: queues a message for a client.
         now: the monotonic time.
+        anchor_every: every so many publishes one is whole and the others may be deltas; 0: all are whole.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Round:
         cluster: Cluster | None,
         options: PlanOptions | None,
         now: float,
+        anchor_every: int = 0,
     ) -> None:
         self.seq = seq
         self.members = members
@@ -87,6 +90,10 @@ class Round:
         self._choose_transport = choose_transport
         self._cluster = cluster
         self._options = options
+        self._anchor_every = anchor_every
+        self._base_seq = 0
+        self._sent = Sent()
+        self._spoiled = False
         self._send = send
         self.began = now
         self.deadline = float("inf")
@@ -165,7 +172,7 @@ class Round:
         except WsyncError as e:
             self.fail(e)
             return
-        self.epoch.send_setup(self._send, transport, self.deadline - now)
+        self.epoch.send_setup(self._send, transport, self.deadline - now, delta=self._anchor_every > 0)
         self._was_set_up = True
         self._enter("offers", now)
 
@@ -218,7 +225,9 @@ class Round:
         self.replicas = {name: ReplicaState() for name in epoch.replicas}
         for name, fault in self.excluded.items():
             self._tell(name, "dropped", fault)
-        begin = Begin(self.seq, self.version, epoch.number, epoch.digest, max(self.deadline - now, 0.0))
+        self._base_seq = epoch.next_base(self._anchor_every)
+        left_s = max(self.deadline - now, 0.0)
+        begin = Begin(self.seq, self.version, epoch.number, epoch.digest, left_s, base_seq=self._base_seq)
         for client in epoch.sources:
             self._send(client, msgspec.structs.replace(begin, replicas=tuple(epoch.replicas)))
         for client in epoch.sinks:
@@ -279,6 +288,7 @@ class Round:
         self.record(client, message.stamps)
         if isinstance(message, Packed):
             self.packed.add(client.rank)
+            self._sent += message.sent
         elif isinstance(message, Flushed):
             self.flushed.add(client.rank)
             self.sinks_lost(client, message)
@@ -303,6 +313,7 @@ class Round:
         error = message.fault.to_error()
         if message.seq == 0 and (self.state == "running" or not self.epoch or message.epoch != self.epoch.number):
             return  # of an epoch that was given up since
+        self._spoiled = True
         if isinstance(error, TransportError) and not isinstance(error, DeadlineError):
             self._distrust(client)
         if client.role == "source":
@@ -392,7 +403,15 @@ class Round:
             return
         self._finish()
 
+    def _all_hold(self) -> bool:
+        """Whether every rank of the epoch holds this version's wire bytes, whole and verified."""
+        if self._spoiled or self.fault is not None or len(self.packed) < self.members.num_sources:
+            return False
+        return all(len(state.voted) == len(self.ranks_of(name)) for name, state in self.replicas.items())
+
     def _finish(self) -> None:
+        if self.state == "running" and self.epoch is not None and self._anchor_every and self._all_hold():
+            self.epoch.held_seq = self.seq
         self.state = "over"
         committed = tuple(n for n, s in self.replicas.items() if s.outcome == COMMITTED)
         dropped = {
@@ -405,7 +424,9 @@ class Round:
             fault = below_minimum(self, committed, dropped)
         totals = self.epoch.totals if self.epoch else Totals()
         ranks = tuple(RankStamps(name, tuple(stamps)) for name, stamps in sorted(self.stamps.items()))
-        finished = Finished(self.seq, committed, dropped, outcomes, fault, totals, ranks)
+        finished = Finished(
+            self.seq, committed, dropped, outcomes, fault, totals, ranks, self._sent, self._base_seq > 0
+        )
         self.finished = finished
         for client in self.members.sources.values():
             if client.rank in self.requests:

@@ -381,6 +381,7 @@ class SinkSession:
                 staging.installer.finish()
         except BaseException as e:  # whatever it was, live memory may be half written
             self._poison()
+            staging.distrust()
             if isinstance(e, CommitError):
                 e.replicas, e.hint = self._outcome, e.hint or _HEAL
             self.failed = vote.ticket.version, Fault.of(e).to_error()

@@ -26,6 +26,7 @@ from wsync.plan.program import ShardMemory, SourceProgram, compile_source
 from wsync.plan.types import SourceSlice
 from wsync.session.channel import Channel
 from wsync.session.clock import Stopwatch, deadline_after, remaining
+from wsync.session.delta import DeltaSender
 from wsync.session.messages import (
     Accepted,
     Begin,
@@ -40,6 +41,7 @@ from wsync.session.messages import (
     PublishRequest,
     Ready,
     Rejoin,
+    Sent,
     Setup,
     SourceJoin,
     ToClient,
@@ -64,6 +66,7 @@ class SourceSession:
         num_threads: of the pack kernels.
         keepalive: what owns the memory; held as long as a worker may read it.
         second_read: read everything twice before it is released, and compare.
+        delta: whether this rank expects that publishes may be deltas; must be what the coordinator says.
 
     Raises:
         WsyncError: the ranks do not fit together, or the deadline passed.
@@ -81,12 +84,14 @@ class SourceSession:
         join_deadline_s: float,
         keepalive: object = None,
         second_read: bool = False,
+        delta: bool = False,
     ) -> None:
         self._channel = channel
         self._keepalive = keepalive
         self._second_read = second_read
         self._scratch = np.empty(0, np.uint8)
         self._own_amaxes = np.empty(0, np.float32)
+        self._delta: DeltaSender | None = None
         self._manifest = manifest
         self._memory = memory
         self._open_transport = open_transport
@@ -104,7 +109,7 @@ class SourceSession:
         self._current: Publication | None = None
         self._watch = Stopwatch()
         deadline = deadline_after(join_deadline_s)
-        channel.send(SourceJoin(FORMAT_VERSION, transport, manifest))
+        channel.send(SourceJoin(FORMAT_VERSION, transport, manifest, delta))
         self._incarnation = self._await_acceptance(deadline)
 
     def _await_acceptance(self, deadline: float) -> int:
@@ -248,6 +253,7 @@ class SourceSession:
         if self._slice.plan_digest != message.plan_digest:
             raise PlanMismatchError(f"a slice of plan {self._slice.plan_digest} came with plan {message.plan_digest}")
         self._program = compile_source(self._slice, self._manifest.tensors, self._memory)
+        self._delta = DeltaSender(self._slice, self._num_threads) if message.delta else None
         if self._second_read:
             self._scratch = np.empty(self._slice.bucket_bytes, np.uint8)
         self._end = self._open_transport(message.transport)
@@ -278,12 +284,13 @@ class SourceSession:
         if self._slice.amax_elements:
             self._reduce(deadline)
         with self._watch.phase("pack"):
-            digests = self._pack_and_send(deadline)
+            digests = self._pack_and_send(begin, deadline)
         if self._second_read:
             with self._watch.phase("second read"):
                 self._read_again(digests)
         publication.mark_released()
-        self._channel.send(Packed(begin.seq, self._watch.take()))
+        sent = self._delta.finish() if self._delta is not None else Sent()
+        self._channel.send(Packed(begin.seq, self._watch.take(), sent))
         with self._watch.phase("flush"):
             self._end.flush(deadline, self._cancelled)
         self._channel.send(Flushed(begin.seq, self._watch.take(), self._end.lost_sinks()))
@@ -303,16 +310,22 @@ class SourceSession:
             end.exchange_max(program.amax_vector, deadline, self._cancelled)
             kernels.scales_from_amax(program.amax_descs)
 
-    def _pack_and_send(self, deadline: float) -> list[int]:
-        program, end = self._program, self._end
+    def _pack_and_send(self, begin: Begin, deadline: float) -> list[int]:
+        program, end, delta = self._program, self._end, self._delta
         digests: list[int] = []
         if program is None or end is None:
             return digests
+        if delta is not None:
+            delta.begin(begin.seq, begin.base_seq)
         for pos, descs in enumerate(program.buckets):
-            digest, bad = kernels.pack(descs, end.address(pos), self._num_threads)
+            address = end.address(pos)
+            target = address if delta is None else delta.scratch(pos)
+            digest, bad = kernels.pack(descs, target, self._num_threads)
             if bad is not None:
                 raise self._non_finite(*program.locate(pos, *bad))
-            end.send(pos, (digest + program.padding_digests[pos]) % 2**64, deadline, self._cancelled)
+            whole = (digest + program.padding_digests[pos]) % 2**64
+            num_bytes = None if delta is None else delta.fill(pos, address, whole)
+            end.send(pos, whole, deadline, self._cancelled, num_bytes)
             self._cancelled()
             digests.append(digest)
         return digests

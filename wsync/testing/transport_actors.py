@@ -46,6 +46,7 @@ class Command(msgspec.Struct, frozen=True):
         cancel_after_s: seconds until ``cancelled`` raises; negative for never.
         close_after_s: seconds until another thread closes the end, in ``publish`` and ``receive``; negative for never.
         stop_after: leave `receive` after that many buckets; negative for all.
+        share: of each bucket's bytes, the first part that is the message.
         copy_out: copy every arrived bucket to memory of the actor's own instead of hashing it.
     """
 
@@ -63,6 +64,7 @@ class Command(msgspec.Struct, frozen=True):
     cancel_after_s: float = -1.0
     close_after_s: float = -1.0
     stop_after: int = -1
+    share: float = 1.0
     copy_out: bool = False
 
 
@@ -160,7 +162,8 @@ class _Stage:
                 staging[:] = self._own[: bucket.used_bytes]
             else:
                 staging[:] = content(c.version, bucket.bucket_idx, bucket.used_bytes)
-            end.send(pos, content_digest(c.version, bucket.bucket_idx), deadline, cancelled)
+            num_bytes = None if c.share == 1.0 else max(1, int(c.share * bucket.used_bytes))
+            end.send(pos, content_digest(c.version, bucket.bucket_idx), deadline, cancelled, num_bytes)
         end.flush(deadline, cancelled)
         return Answer(vector=tuple(float(x) for x in vector))
 
@@ -173,7 +176,7 @@ class _Stage:
         self._close_later(c)
         arrivals: list[Arrival] = []
         for staged in sink.receive(c.version, time.monotonic() + c.deadline_s, _cancelled(c)):
-            num_bytes = self._slice.buckets[staged.bucket_pos].used_bytes
+            num_bytes = staged.num_bytes
             found = memory_at(staged.address, num_bytes)
             if c.copy_out:
                 self._own[:num_bytes] = found

@@ -78,6 +78,18 @@ class TransportContract(SicknessContract):
             for version in (1, 2, 3):
                 self.check_arrived(crew, version, crew.sync(version))
 
+    def test_a_message_may_be_shorter_than_its_bucket_and_is_relayed_so(self, pool: ActorPool) -> None:
+        for chain in (False, True):
+            plan = hand_plan(num_sources=2, num_sinks=2, buckets_per_source=5, chain=chain)
+            with self.crew(pool, plan) as crew:
+                for version, shares in enumerate([(0.3, 1.0), (0.0, 0.01), (1.0, 1.0), (0.999, 0.5)], 1):
+                    answers = crew.sync(version, shares=shares)
+                    check_fine(answers)
+                    for sink, answer in enumerate(answers[2:]):
+                        found = [(a.bucket_pos, a.digest, a.sha1) for a in answer.arrivals]
+                        check(len(found) == len(set(found)), "a bucket arrived twice at sink", sink)
+                        check(set(found) == crew.expected(sink, version, shares), "sink", sink, "got other bytes")
+
     def test_a_rank_without_buckets_and_a_sink_without_buckets_take_part(self, pool: ActorPool) -> None:
         plan = hand_plan(num_sources=2, num_sinks=2, buckets_per_source=3)
         idle_source = msgspec.structs.replace(plan.sources[1], buckets=())

@@ -132,21 +132,30 @@ class Crew:
         """Connect all ends."""
         return ask_all(self.actors, self.connect_command(deadline_s))
 
-    def sync(self, version: int, vectors: Sequence[tuple[float, ...]] = (), copy_out: bool = False) -> list[Answer]:
+    def sync(
+        self,
+        version: int,
+        vectors: Sequence[tuple[float, ...]] = (),
+        copy_out: bool = False,
+        shares: Sequence[float] = (),
+    ) -> list[Answer]:
         """A whole version, from all sources to all sinks; answers of sources, then of sinks."""
         for sink in self.sinks:
             sink.ask(Command("receive", version=version, copy_out=copy_out))
         for rank, source in enumerate(self.sources):
             vector = vectors[rank] if vectors else ()
-            source.ask(Command("publish", version=version, vector=vector, copy_out=copy_out))
+            share = shares[rank] if shares else 1.0
+            source.ask(Command("publish", version=version, vector=vector, copy_out=copy_out, share=share))
         return [actor.answer() for actor in self.actors]
 
-    def expected(self, sink: int, version: int) -> set[tuple[int, int, str]]:
+    def expected(self, sink: int, version: int, shares: Sequence[float] = ()) -> set[tuple[int, int, str]]:
         """(position, digest, sha1) of every bucket that a sink must find."""
         found = set()
         for pos, bucket in enumerate(self.plan.sinks[sink].buckets):
             raw = content(version, bucket.bucket_idx, bucket.used_bytes)
-            found.add((pos, content_digest(version, bucket.bucket_idx), hash_of(raw)))
+            share = shares[bucket.src_rank] if shares else 1.0
+            sent = raw[: max(1, int(share * len(raw)))]
+            found.add((pos, content_digest(version, bucket.bucket_idx), hash_of(sent)))
         return found
 
     def close(self) -> None:

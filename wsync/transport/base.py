@@ -44,11 +44,13 @@ class Staged(msgspec.Struct, frozen=True):
         bucket_pos: position in the slice's buckets.
         address: of its first byte in this process; valid until `SinkEnd.release`.
         digest: what the sender computed while packing.
+        num_bytes: that arrived: as many as were sent, the bucket's used bytes or fewer.
     """
 
     bucket_pos: int
     address: int
     digest: int
+    num_bytes: int
 
 
 class SourceEnd(Protocol):
@@ -82,8 +84,13 @@ class SourceEnd(Protocol):
     def exchange_max(self, vector: npt.NDArray[np.float32], deadline: float, cancelled: Cancelled) -> None:
         """Elementwise maximum over all trainer ranks, in place."""
 
-    def send(self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled) -> None:
-        """The bucket is packed: make it visible or send it. Waits for no sink, and never raises because of one."""
+    def send(
+        self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled, num_bytes: int | None = None
+    ) -> None:
+        """The bucket is packed: make it visible or send it. Waits for no sink, and never raises because of one.
+
+        ``num_bytes``: of the bucket's used bytes only the first so many are the message; None means all.
+        """
 
     def flush(self, deadline: float, cancelled: Cancelled) -> None:
         """Wait until nothing of this rank is on its way any more to a sink that is not lost.

@@ -30,9 +30,9 @@ class Staging:
         """Address of a bucket's first byte."""
         return int(self._bytes.ctypes.data) + bucket_pos * self.stride_bytes
 
-    def view(self, bucket_pos: int, num_bytes: int) -> Bytes:
-        """The bucket's first ``num_bytes`` bytes as ``[num_bytes]`` u8, without a copy."""
-        begin = bucket_pos * self.stride_bytes
+    def view(self, bucket_pos: int, num_bytes: int, offset: int = 0) -> Bytes:
+        """``num_bytes`` bytes from the bucket's byte ``offset`` on as ``[num_bytes]`` u8, without a copy."""
+        begin = bucket_pos * self.stride_bytes + offset
         return self._bytes[begin : begin + num_bytes]
 
     def close(self) -> None:

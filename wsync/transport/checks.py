@@ -96,12 +96,12 @@ def check_exchange(plan: SourceSlice, vector: npt.NDArray[np.float32], exchanged
         raise StateError(f"rank {plan.rank} exchanged maxima twice in one version")
 
 
-def check_send(plan: SourceSlice, version: int, sent: set[int], bucket_pos: int) -> None:
-    """Refuse to send what cannot be sent.
+def check_send(plan: SourceSlice, version: int, sent: set[int], bucket_pos: int, num_bytes: int | None) -> int:
+    """Refuse to send what cannot be sent. Returns the bytes of the message.
 
     Raises:
         StateError: before `begin`, or twice in one version.
-        ConfigError: there is no such bucket.
+        ConfigError: there is no such bucket, or it has fewer bytes.
     """
     if not 0 <= bucket_pos < len(plan.buckets):
         raise ConfigError(f"rank {plan.rank} sends bucket position {bucket_pos} of {len(plan.buckets)}")
@@ -109,3 +109,8 @@ def check_send(plan: SourceSlice, version: int, sent: set[int], bucket_pos: int)
         raise StateError(f"rank {plan.rank} sends bucket position {bucket_pos} before any version began")
     if bucket_pos in sent:
         raise StateError(f"rank {plan.rank} sends bucket position {bucket_pos} twice in version {version}")
+    used_bytes = plan.buckets[bucket_pos].used_bytes
+    num_bytes = used_bytes if num_bytes is None else num_bytes
+    if not 0 < num_bytes <= used_bytes:
+        raise ConfigError(f"rank {plan.rank} sends {num_bytes} of {used_bytes} bytes of bucket position {bucket_pos}")
+    return num_bytes

@@ -31,7 +31,7 @@ from wsync.transport.checks import (
 )
 from wsync.transport.gloo_connect import StoreSockets, connect_mesh, own_address
 from wsync.transport.gloo_exchange import Exchange
-from wsync.transport.gloo_mesh import TRAILER_BYTES, Mesh, Message, Transfer
+from wsync.transport.gloo_mesh import HEADER_BYTES, Mesh, Message, Transfer
 from wsync.transport.gloo_outbox import Outbox
 from wsync.transport.gloo_relays import Relays
 from wsync.transport.lifetime import Lease
@@ -72,7 +72,7 @@ class _GlooEnd(ABC):
             self._sockets = StoreSockets(address)
         self._staging = Staging(len(slice_.buckets), slice_.bucket_bytes + ALIGNMENT)
         self._messages = [
-            Message(self._staging.view(pos, bucket.used_bytes + TRAILER_BYTES))
+            Message(self._staging.view(pos, HEADER_BYTES + bucket.used_bytes, ALIGNMENT - HEADER_BYTES))
             for pos, bucket in enumerate(slice_.buckets)
         ]
         self._offer = Offer(
@@ -120,7 +120,7 @@ class _GlooEnd(ABC):
         """Address of the bucket's first byte in this end's staging."""
         if self._staging is None or not 0 <= bucket_pos < len(self._messages):
             raise ConfigError(f"{self._label} has no bucket position {bucket_pos} of {len(self._messages)}")
-        return self._staging.address(bucket_pos)
+        return self._staging.address(bucket_pos) + ALIGNMENT
 
     def close(self) -> None:
         """Give everything back; see `SourceEnd.close`. While a version is under way, the lease keeps its staging."""
@@ -204,15 +204,17 @@ class GlooSource(_GlooEnd):
             if self._exchange is not None:
                 self._exchange.run(vector, self._version, Patience(deadline, cancelled))
 
-    def send(self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled) -> None:
+    def send(
+        self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled, num_bytes: int | None = None
+    ) -> None:
         with self._lease.ending_on_error(self._version):
             messages = self._messages  # before the check: `close` takes them away after it makes the check fail
             outbox = self._sending
-            check_send(self._plan, self._version, self._sent, bucket_pos)
+            num_bytes = check_send(self._plan, self._version, self._sent, bucket_pos, num_bytes)
             Patience(deadline, cancelled).check(outbox.progress)
             self._sent.add(bucket_pos)
             bucket, message = self._plan.buckets[bucket_pos], messages[bucket_pos]
-            message.seal(self._version, digest)
+            message.seal(self._version, digest, num_bytes)
             for src, sink in bucket.hops:
                 if src == SOURCE:
                     outbox.post(sink, bucket.bucket_idx, message)
@@ -337,12 +339,16 @@ class GlooSink(_GlooEnd):
                     raise TransportError(
                         f"{mesh.label(transfer.peer)} went on to version {message.version}: {self._progress()}"
                     )
+                if not 0 < message.num_bytes <= message.capacity:
+                    raise TransportError(
+                        f"{mesh.label(transfer.peer)} says {message.num_bytes} bytes: {self._progress()}"
+                    )
                 relays.pass_on(pos)
                 num_done += 1
                 self._num_done = num_done
                 self._bytes_done += message.num_bytes
                 patience.check(self._progress)
-                yield Staged(bucket_pos=pos, address=self.address(pos), digest=message.digest)
+                yield Staged(pos, self.address(pos), message.digest, message.num_bytes)
             relays.check_notes(version, self._progress())
 
     def _post(self, mesh: Mesh, relays: Relays, pos: int) -> bool:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from wsync.errors import TransportError
 from wsync.transport.buffers import Staging
-from wsync.transport.gloo_mesh import TRAILER_BYTES, Mesh, Message
+from wsync.transport.gloo_mesh import HEADER_BYTES, Mesh, Message
 from wsync.transport.waiting import Patience
 
 _TAG_BASE = 1 << 30  # bucket indices stay below
@@ -38,10 +38,12 @@ class Exchange:
         self._mesh = mesh
         self._steps = partners(rank, num_ranks)
         self._label = mesh.label(rank)
-        num_bytes = num_elements * 4 + TRAILER_BYTES
+        num_bytes = num_elements * 4 + HEADER_BYTES
         stride = -(-num_bytes // 256) * 256
         self._staging = Staging(len(self._steps) + 1, stride)
-        self._content = [self._staging.view(i, num_elements * 4).view("<f4") for i in range(len(self._steps) + 1)]
+        self._content = [
+            self._staging.view(i, num_elements * 4, HEADER_BYTES).view("<f4") for i in range(len(self._steps) + 1)
+        ]
         self._messages = [Message(self._staging.view(i, num_bytes)) for i in range(len(self._steps) + 1)]
 
     def run(self, vector: npt.NDArray[np.float32], version: int, patience: Patience) -> None:

@@ -6,7 +6,7 @@ What shaped it (gloo over TCP, as torch ships it):
   point-to-point work until somebody waited. So a helper thread per peer and direction waits without a timeout, and
   callers wait on a condition variable, with deadlines of their own that harm nobody.
 - A posted receive cannot be taken back, and a later receive with the same tag would get the message meant for it. So a
-  receive that a failed version left behind stays posted: it is simply the next message of that stream, and the trailer
+  receive that a failed version left behind stays posted: it is simply the next message of that stream, and the header
   says which version it belongs to.
 - When a connection breaks, gloo fails the posted receives, but sends that the kernel had taken a part of stay pending
   for ever. So whoever sends to a peer also keeps a receive posted that the peer never serves: it fails when the peer
@@ -29,8 +29,8 @@ from wsync.errors import PeerLostError, StateError
 from wsync.transport.buffers import Bytes
 from wsync.transport.waiting import Patience
 
-TRAILER_BYTES = 16
-"""A message ends with the version and the digest, u64 each, little endian."""
+HEADER_BYTES = 32
+"""A message begins with the version, the digest, the bytes that follow and zero, u64 each, little endian."""
 
 _FOREVER = timedelta(days=365)
 _CLOSE_S = 2.0
@@ -38,17 +38,17 @@ _WATCH_TAG = (1 << 31) - 2
 
 
 class Message:
-    """Fixed memory for one stream of messages: content, then trailer.
+    """Fixed memory for one stream of messages: header, then content, of which the first bytes may travel alone.
 
     Attributes:
         transfer: the last one posted from or into this memory, or None.
     """
 
     def __init__(self, memory: Bytes) -> None:
-        """``memory`` holds content and trailer; it is neither copied nor resized."""
+        """``memory`` holds header and content; it is neither copied nor resized."""
         self.tensor = torch.from_numpy(memory)
-        self.num_bytes = int(memory.size) - TRAILER_BYTES
-        self._trailer = memory[-TRAILER_BYTES:].view("<u8")
+        self.capacity = int(memory.size) - HEADER_BYTES
+        self._header = memory[:HEADER_BYTES].view("<u8")
         self.transfer: Transfer | None = None
 
     @property
@@ -58,16 +58,27 @@ class Message:
 
     @property
     def version(self) -> int:
-        return int(self._trailer[0])
+        return int(self._header[0])
 
     @property
     def digest(self) -> int:
-        return int(self._trailer[1])
+        return int(self._header[1])
 
-    def seal(self, version: int, digest: int) -> None:
-        """Write the trailer."""
-        self._trailer[0] = np.uint64(version)
-        self._trailer[1] = np.uint64(digest)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the content; what arrived may say more than `capacity`."""
+        return int(self._header[2])
+
+    @property
+    def outgoing(self) -> torch.Tensor:
+        """What travels."""
+        return self.tensor[: HEADER_BYTES + self.num_bytes]
+
+    def seal(self, version: int, digest: int, num_bytes: int | None = None) -> None:
+        """Write the header; None means all of the content."""
+        self._header[0] = np.uint64(version)
+        self._header[1] = np.uint64(digest)
+        self._header[2] = np.uint64(self.capacity if num_bytes is None else num_bytes)
 
 
 class Transfer:
@@ -136,7 +147,7 @@ class Mesh:
     def watch(self, peer: int) -> None:
         """Have `gone` notice when this end's connection with ``peer`` breaks."""
         if peer not in self._watches:
-            message = Message(np.zeros(TRAILER_BYTES, dtype=np.uint8))
+            message = Message(np.zeros(HEADER_BYTES, dtype=np.uint8))
             self._watches[peer] = (self.post_receive(peer, _WATCH_TAG, message, lane="watch"), message)
 
     def gone(self, peer: int) -> str:
@@ -175,7 +186,7 @@ class Mesh:
             message.transfer = transfer
         start = group.send if way[0] == "out" else group.recv
         try:
-            transfer.work = start([message.tensor], peer, tag)
+            transfer.work = start([message.outgoing if way[0] == "out" else message.tensor], peer, tag)
         except RuntimeError as error:
             transfer.error = _first_line(error)
             self.finish(transfer)

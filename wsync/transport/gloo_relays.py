@@ -10,7 +10,7 @@ import numpy as np
 
 from wsync.errors import TransportError, WsyncError
 from wsync.plan.types import Bucket
-from wsync.transport.gloo_mesh import TRAILER_BYTES, Mesh, Message, Transfer
+from wsync.transport.gloo_mesh import HEADER_BYTES, Mesh, Message, Transfer
 
 _NOTE_TAG = (1 << 31) - 1  # above those of buckets and of exchanged maxima
 _NOTE_LANE = "note"
@@ -20,7 +20,7 @@ class Relays:
     """One sink's relays: buckets to its children, and notes between relays and children.
 
     A relay that stops receiving a version early (its replica was aborted) sends each child that still misses buckets of
-    it a note, a trailer without content, so that the child fails at once and by name. What no note can tell: a relay
+    it a note, a header without content, so that the child fails at once and by name. What no note can tell: a relay
     that lives and never begins to receive the version. Its children wait until their deadline or until they are
     cancelled. In the same way a child that never takes what was relayed to it keeps its relay from receiving that
     bucket's next version.
@@ -111,4 +111,4 @@ class Relays:
 
 
 def _note() -> Message:
-    return Message(np.zeros(TRAILER_BYTES, dtype=np.uint8))
+    return Message(np.zeros(HEADER_BYTES, dtype=np.uint8))

@@ -21,7 +21,7 @@ class LocalSegment:
 
     def __init__(self, offer: Offer) -> None:
         self._staging = Staging(len(offer.buckets), offer.bucket_bytes)
-        self._slots: list[tuple[int, int, int]] = [(0, 0, 0)] * len(offer.buckets)  # version, position, digest
+        self._slots = [(0, 0, 0, 0)] * len(offer.buckets)  # version, position, digest, bytes
         self._num_published = 0
         self._current = 0
         self._exchange = np.zeros(offer.exchange_elements, dtype=np.float32)
@@ -37,12 +37,12 @@ class LocalSegment:
         with self._changed:
             self._current, self._num_published = version, 0
 
-    def publish(self, bucket_pos: int, digest: int) -> None:
+    def publish(self, bucket_pos: int, digest: int, num_bytes: int) -> None:
         with self._changed:
-            self._slots[self._num_published] = (self._current, bucket_pos, digest)
+            self._slots[self._num_published] = (self._current, bucket_pos, digest, num_bytes)
             self._num_published += 1
 
-    def take(self, cursor: int, version: int) -> tuple[int, int] | None:
+    def take(self, cursor: int, version: int) -> tuple[int, int, int] | None:
         with self._changed:
             if self._current != version or cursor >= self._num_published:
                 return None

@@ -137,12 +137,14 @@ class SegmentSource(SegmentEnd):
             raise _moved_on(offer, segment, f"maxima of version {self._version} were exchanged")
         return False
 
-    def send(self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled) -> None:
+    def send(
+        self, bucket_pos: int, digest: int, deadline: float, cancelled: Cancelled, num_bytes: int | None = None
+    ) -> None:
         with self._lease.ending_on_error(self._version):
             bells = self._bells  # before the check: `close` takes them away after it makes the check fail
             self._check_connected()
-            check_send(self._plan, self._version, self._sent, bucket_pos)
-            self.own.publish(bucket_pos, digest)
+            num_bytes = check_send(self._plan, self._version, self._sent, bucket_pos, num_bytes)
+            self.own.publish(bucket_pos, digest, num_bytes)
             self._sent.add(bucket_pos)
             for sink in self._plan.buckets[bucket_pos].sinks:
                 bells[sink].ring()
@@ -282,8 +284,10 @@ class SegmentSink(SegmentEnd):
             pos = feed.wanted.get(item[0])
             if pos is not None:
                 feed.num_missing -= 1
-                self._bytes_done += self._plan.buckets[pos].used_bytes
-                arrived.append(Staged(bucket_pos=pos, address=self._addresses[pos], digest=item[1]))
+                if not 0 < item[2] <= self._plan.buckets[pos].used_bytes:
+                    raise TransportError(f"{feed.offer.label} says {item[2]} bytes: {self._progress(version)}")
+                self._bytes_done += item[2]
+                arrived.append(Staged(pos, self._addresses[pos], item[1], item[2]))
 
     def _progress(self, version: int) -> str:
         missing = [f"{feed.num_missing} of {feed.offer.label}" for feed in self._feeds if feed.num_missing]

@@ -1,0 +1,317 @@
+// The code of one stripe: changes as gaps within classes of the base's exponent, and as steps between neighbouring
+// codes. Included by one file for each instruction set, inside its target region: everything here is local to it.
+//
+// A small weight changes far more often than a large one at the same step of the optimizer, since its neighbours lie
+// closer; both ends know the base, so both know the class of every element.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/delta.h"
+
+namespace wsync {
+namespace {
+
+// Bit i: element i of a group of 64 differs; bit i of at_least[j]: it is of class j + 1 or above.
+struct GroupMasks {
+  uint64_t changed;
+  uint64_t at_least[kGapClasses - 1];
+};
+
+class BitWriter {
+ public:
+  BitWriter(uint8_t* out, size_t room) : begin_(out), at_(out), end_(out + room) {}
+  // At most 32 bits. Writes up to 8 bytes beyond the room before it is full.
+  void put(uint64_t value, int count) {
+    acc_ |= value << num_bits_;
+    num_bits_ += count;
+    if (num_bits_ >= 32) {
+      const auto low = static_cast<uint32_t>(acc_);
+      std::memcpy(at_, &low, 4);
+      at_ += 4;
+      acc_ >>= 32;
+      num_bits_ -= 32;
+    }
+  }
+  void put_rice(uint32_t value, int k) {
+    const uint32_t q = value >> k;
+    if (q >= kMaxUnary) {
+      put((1u << kMaxUnary) - 1, kMaxUnary);
+      put(value, 32);
+      return;
+    }
+    put((1u << q) - 1, static_cast<int>(q) + 1);
+    put(value & ((1u << k) - 1), k);
+  }
+  bool is_full() const { return at_ >= end_; }
+  size_t finish() {
+    for (; num_bits_ > 0; num_bits_ -= 8, acc_ >>= 8) *at_++ = static_cast<uint8_t>(acc_);
+    return static_cast<size_t>(at_ - begin_);
+  }
+
+ private:
+  uint8_t* begin_;
+  uint8_t* at_;
+  uint8_t* end_;
+  uint64_t acc_ = 0;
+  int num_bits_ = 0;
+};
+
+// Reads zeros beyond the end, and says so.
+class BitReader {
+ public:
+  BitReader(const uint8_t* code, size_t size) : at_(code), end_(code + size) {}
+  uint32_t take(int count) {  // at most 32
+    refill();
+    if (count > num_bits_) {
+      over_ = true;
+      return 0;
+    }
+    const uint64_t value = acc_ & ((uint64_t{1} << count) - 1);
+    acc_ >>= count;
+    num_bits_ -= count;
+    return static_cast<uint32_t>(value);
+  }
+  uint32_t take_rice(int k) {
+    refill();
+    const int ones = __builtin_ctzll(~acc_ | (uint64_t{1} << kMaxUnary));
+    if (ones == kMaxUnary) {
+      take(kMaxUnary);
+      return take(32);
+    }
+    take(ones + 1);
+    return (static_cast<uint32_t>(ones) << k) | take(k);
+  }
+  bool is_over() const { return over_; }
+  // Whether everything was read but for the zeros that fill the last byte.
+  bool is_spent() const { return !over_ && at_ == end_ && num_bits_ < 8 && acc_ == 0; }
+
+ private:
+  void refill() {
+    if (num_bits_ > 32) return;
+    if (end_ - at_ >= 4) {
+      uint32_t more;
+      std::memcpy(&more, at_, 4);
+      acc_ |= static_cast<uint64_t>(more) << num_bits_;
+      at_ += 4;
+      num_bits_ += 32;
+      return;
+    }
+    for (; at_ < end_ && num_bits_ <= 56; num_bits_ += 8) acc_ |= static_cast<uint64_t>(*at_++) << num_bits_;
+  }
+
+  const uint8_t* at_;
+  const uint8_t* end_;
+  uint64_t acc_ = 0;
+  int num_bits_ = 0;
+  bool over_ = false;
+};
+
+// The Rice parameter for values of that sum: the one that costs least where they are geometric.
+inline int rice_param(uint64_t sum, uint64_t count, int most) {
+  int k = 0;
+  while (k < most && (count << (k + 1)) <= sum + count / 2) ++k;
+  return count == 0 ? 0 : k;
+}
+
+inline int clamp_class(int value, int classes) { return std::min(std::max(value, 0), classes - 1); }
+
+struct GapClass {
+  uint64_t seen = 0;  // elements of the class before the group
+  uint64_t next = 0;  // encoding: elements up to the last change; applying: number of the next change
+};
+
+template <class Simd, int kBytes>
+class StripeCodec {
+  static constexpr int kBits = 8 * kBytes;
+  static constexpr int kMantissaBits = kBytes == 2 ? 7 : 3;
+  static constexpr uint32_t kSign = 1u << (kBits - 1);
+  static constexpr uint32_t kFull = (1u << kBits) - 1;
+  // The largest weights are rare and hardly ever change: the topmost octaves of words share a class.
+  static constexpr int kHeadroom = kBytes == 2 ? 3 : 0;
+  static constexpr size_t kGroupBytes = 64 * kBytes;
+
+  static uint32_t load(const uint8_t* stripe, size_t i) {
+    if constexpr (kBytes == 1) return stripe[i];
+    uint16_t value;
+    std::memcpy(&value, stripe + 2 * i, 2);
+    return value;
+  }
+  static void store(uint8_t* stripe, size_t i, uint32_t code) {
+    const auto value = static_cast<uint16_t>(code);
+    std::memcpy(stripe + kBytes * i, &value, kBytes);
+  }
+  static int exponent(uint32_t code) { return static_cast<int>((code & (kSign - 1)) >> kMantissaBits); }
+  // Codes in the order of the values that they stand for.
+  static uint32_t ordered(uint32_t code) { return (code & kSign) != 0 ? kFull - code : code + kSign; }
+  static uint32_t code_of(uint32_t order) { return order >= kSign ? order - kSign : kFull - order; }
+  static int32_t step_between(uint32_t from, uint32_t to) {
+    const uint32_t step = (ordered(to) - ordered(from)) & kFull;
+    return static_cast<int32_t>(step ^ kSign) - static_cast<int32_t>(kSign);
+  }
+  static int gap_class(uint32_t code, int top) {
+    return clamp_class(exponent(code) - top + kGapClasses - 1, kGapClasses);
+  }
+  static int step_class(uint32_t code, int top) {
+    return clamp_class(exponent(code) - top + kStepClasses - 4, kStepClasses);
+  }
+
+  static int sampled_top(const uint8_t* base, size_t num_elements) {
+    const size_t every = std::max<size_t>(num_elements / 256, 1);
+    int top = 0;
+    for (size_t i = 0; i < num_elements; i += every) top = std::max(top, exponent(load(base, i)));
+    return std::max(top - kHeadroom, 0);
+  }
+  // Magnitudes above the threshold j are of class j + 1 or above.
+  static void thresholds(int top, int16_t* found) {
+    for (int j = 0; j < kGapClasses - 1; ++j) {
+      const int below = top - kGapClasses + 1 + j;
+      found[j] = static_cast<int16_t>(below < 0 ? -1 : (below << kMantissaBits) | ((1 << kMantissaBits) - 1));
+    }
+  }
+  static uint64_t members(const GroupMasks& masks, int c) {
+    const uint64_t from = c == 0 ? ~uint64_t{0} : masks.at_least[c - 1];
+    return c == kGapClasses - 1 ? from : from & ~masks.at_least[c];
+  }
+
+ public:
+  static size_t encode(const uint8_t* fresh, uint8_t* base, size_t span, uint8_t* out,
+                       std::vector<DeltaChange>* changes, uint8_t* top_out, uint64_t* num_changed) {
+    const size_t num_elements = span / kBytes, most = num_elements / 2;
+    if (changes->size() < most + 1) changes->resize(most + 1);
+    const int top = sampled_top(base, num_elements);
+    *top_out = static_cast<uint8_t>(top);
+    int16_t limits[kGapClasses - 1];
+    thresholds(top, limits);
+    GapClass classes[kGapClasses];
+    uint32_t first_gap[kGapClasses] = {};
+    DeltaChange* last[kGapClasses] = {};
+    uint64_t gap_sum[kGapClasses] = {}, gap_count[kGapClasses] = {};
+    uint64_t step_sum[kStepClasses] = {}, step_count[kStepClasses] = {};
+    DeltaChange* change = changes->data();
+    DeltaChange* const end = change + most;
+    *num_changed = 0;
+    const auto close_gap = [&](int c, uint64_t gap) {
+      (last[c] == nullptr ? first_gap[c] : last[c]->next_gap) = static_cast<uint32_t>(gap);
+      gap_sum[c] += gap;
+      ++gap_count[c];
+    };
+    for (size_t at = 0; at < span; at += kGroupBytes) {
+      GroupMasks masks;
+      Simd::template masks<kBytes>(base + at, fresh + at, limits, &masks);
+      if (masks.changed != 0) {
+        *num_changed += static_cast<uint64_t>(__builtin_popcountll(masks.changed));
+        for (uint64_t left = masks.changed; left != 0 && change != end; left &= left - 1) {
+          const int i = __builtin_ctzll(left);
+          const uint32_t from = load(base + at, static_cast<size_t>(i));
+          const int c = gap_class(from, top), s = step_class(from, top);
+          const uint64_t before = members(masks, c) & ((uint64_t{1} << i) - 1);
+          const uint64_t rank = classes[c].seen + static_cast<uint64_t>(__builtin_popcountll(before));
+          close_gap(c, rank - classes[c].next);
+          classes[c].next = rank + 1;
+          const int32_t step = step_between(from, load(fresh + at, static_cast<size_t>(i)));
+          step_sum[s] += static_cast<uint64_t>(step < 0 ? -step : step) - 1;
+          ++step_count[s];
+          *change = {0, step, static_cast<uint8_t>(c), static_cast<uint8_t>(s)};
+          last[c] = change++;
+        }
+        std::memcpy(base + at, fresh + at, kGroupBytes);
+      }
+      uint64_t above = 64;
+      for (int c = 0; c < kGapClasses - 1; ++c) {
+        const auto count = static_cast<uint64_t>(__builtin_popcountll(masks.at_least[c]));
+        classes[c].seen += above - count;
+        above = count;
+      }
+      classes[kGapClasses - 1].seen += above;
+    }
+    if (change == changes->data()) return 0;
+    if (change == end) return span;
+    for (int c = 0; c < kGapClasses; ++c) close_gap(c, classes[c].seen - classes[c].next);
+
+    int gap_k[kGapClasses], step_k[kStepClasses];
+    for (int c = 0; c < kGapClasses; ++c) {
+      gap_k[c] = rice_param(gap_sum[c], gap_count[c], kMaxGapParam);
+      out[c] = static_cast<uint8_t>(gap_k[c]);
+    }
+    for (int s = 0; s < kStepClasses; ++s) {
+      step_k[s] = step_sum[s] == 0 ? kAllOnes : rice_param(step_sum[s], step_count[s], kAllOnes - 1);
+    }
+    for (int s = 0; s < kStepClasses; s += 2) {
+      out[kGapClasses + s / 2] = static_cast<uint8_t>(step_k[s] | (step_k[s + 1] << 4));
+    }
+    BitWriter bits(out + kStripeParamBytes, span - kStripeParamBytes);
+    for (int c = 0; c < kGapClasses; ++c) bits.put_rice(first_gap[c], gap_k[c]);
+    for (const DeltaChange* each = changes->data(); each != change; ++each) {
+      if (bits.is_full()) return span;
+      bits.put(each->step < 0, 1);
+      if (step_k[each->step_class] != kAllOnes) {
+        bits.put_rice(static_cast<uint32_t>(each->step < 0 ? -each->step : each->step) - 1, step_k[each->step_class]);
+      }
+      bits.put_rice(each->next_gap, gap_k[each->gap_class]);
+    }
+    return std::min(kStripeParamBytes + bits.finish(), span);
+  }
+
+  static const char* apply(uint8_t* base, size_t span, const uint8_t* code, size_t size, uint8_t top) {
+    if (size <= kStripeParamBytes) return "it is too short";
+    int gap_k[kGapClasses], step_k[kStepClasses];
+    for (int c = 0; c < kGapClasses; ++c) {
+      gap_k[c] = code[c];
+      if (gap_k[c] > kMaxGapParam) return "a gap parameter is too large";
+    }
+    for (int s = 0; s < kStepClasses; ++s) step_k[s] = (code[kGapClasses + s / 2] >> (s % 2 * 4)) & 15;
+    int16_t limits[kGapClasses - 1];
+    thresholds(top, limits);
+    BitReader bits(code + kStripeParamBytes, size - kStripeParamBytes);
+    GapClass classes[kGapClasses];
+    for (int c = 0; c < kGapClasses; ++c) classes[c].next = bits.take_rice(gap_k[c]);
+    for (size_t at = 0; at < span; at += kGroupBytes) {
+      GroupMasks masks;
+      Simd::template masks<kBytes>(base + at, base + at, limits, &masks);
+      uint64_t ends[kGapClasses], pending = 0, above = 64;
+      for (int c = 0; c < kGapClasses; ++c) {
+        const uint64_t beyond =
+            c == kGapClasses - 1 ? 0 : static_cast<uint64_t>(__builtin_popcountll(masks.at_least[c]));
+        ends[c] = classes[c].seen + above - beyond;
+        above = beyond;
+        if (classes[c].next < ends[c]) pending |= Simd::select(members(masks, c), classes[c].next - classes[c].seen);
+      }
+      while (pending != 0) {
+        const auto i = static_cast<size_t>(__builtin_ctzll(pending));
+        pending &= pending - 1;
+        const uint32_t from = load(base + at, i);
+        const int c = gap_class(from, top), k = step_k[step_class(from, top)];
+        const bool is_down = bits.take(1) != 0;
+        const uint32_t size_of_step = k == kAllOnes ? 1 : bits.take_rice(k) + 1;
+        const uint32_t order = ordered(from) + (is_down ? 0 - size_of_step : size_of_step);
+        store(base + at, i, code_of(order & kFull));
+        classes[c].next += 1 + static_cast<uint64_t>(bits.take_rice(gap_k[c]));
+        if (bits.is_over()) return "it ends too early";
+        if (classes[c].next < ends[c]) pending |= Simd::select(members(masks, c), classes[c].next - classes[c].seen);
+      }
+      for (int c = 0; c < kGapClasses; ++c) classes[c].seen = ends[c];
+    }
+    for (const GapClass& each : classes) {
+      if (each.next != each.seen) return "a gap leads beyond its class";
+    }
+    return bits.is_spent() ? nullptr : "it goes on beyond its last change";
+  }
+};
+
+template <class Simd>
+size_t encode_stripe(StripeKind kind, const uint8_t* fresh, uint8_t* base, size_t span, uint8_t* out,
+                     std::vector<DeltaChange>* changes, uint8_t* top, uint64_t* num_changed) {
+  return kind == kStripeWords ? StripeCodec<Simd, 2>::encode(fresh, base, span, out, changes, top, num_changed)
+                              : StripeCodec<Simd, 1>::encode(fresh, base, span, out, changes, top, num_changed);
+}
+
+template <class Simd>
+const char* apply_stripe(StripeKind kind, uint8_t* base, size_t span, const uint8_t* code, size_t size, uint8_t top) {
+  return kind == kStripeWords ? StripeCodec<Simd, 2>::apply(base, span, code, size, top)
+                              : StripeCodec<Simd, 1>::apply(base, span, code, size, top);
+}
+
+}  // namespace
+}  // namespace wsync
