@@ -291,3 +291,13 @@ def test_kernels_write_the_bytes_of_other_projects_quantisers(recipe, isa, monke
             assert raw_bytes(part).tobytes() == blobs[facts["blob"]].tobytes(), (entry["input"], output)
         compared += 1
     assert compared == num_cases
+
+
+@pytest.mark.parametrize("recipe", [*CASES, "fp8_block128_f32"])
+def test_every_f16_value_is_taken_exactly(recipe):
+    bits = np.arange(0x10000, dtype=np.uint32)
+    bits = bits[(bits & 0x7FFF) < 0x7C00].astype(np.uint16)
+    weight = torch.from_numpy(bits.view(np.int16)).view(torch.float16).view(62, 1024)
+    expected = kernels.quantize(weight.to(torch.float32), recipe, "reference")
+    got = kernels.quantize(weight, recipe, "cpu")
+    assert all(np.array_equal(raw_bytes(got[name]), raw_bytes(expected[name])) for name in expected)
