@@ -159,6 +159,18 @@ __device__ __forceinline__ uint32_t cvt_e4m3x2(float low, float high) {
 #endif
 }
 
+// Two f32 rounded to bf16 (RNE), `low` in the low half; values that stay finite.
+__device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t words;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(high), "f"(low));
+  return words;
+#else
+  return static_cast<uint32_t>(bf16_of_f32_bits(bits_of(low))) | static_cast<uint32_t>(bf16_of_f32_bits(bits_of(high)))
+                                                                     << 16;
+#endif
+}
+
 // The f32 value of an IEEE half, exact.
 __device__ __forceinline__ float cvt_f32_f16(uint16_t half) {
 #if defined(__CUDA_ARCH__)
