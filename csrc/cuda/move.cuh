@@ -62,7 +62,7 @@ __device__ __forceinline__ uint8_t* move_dst(const MoveRecord& m, uint8_t* base)
 
 // A unit: vectors [x, x + n) of the record's box. kDigest reads the source and writes nothing.
 template <Move kMove>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     move_kernel(const MoveRecord* records, const Unit* units, uint32_t num_units, uint8_t* base, Result* result) {
   uint64_t sum = 0;
   for (uint32_t u = blockIdx.x; u < num_units; u += gridDim.x) {
