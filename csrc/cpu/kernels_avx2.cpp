@@ -9,6 +9,7 @@
 #include "core/digest.h"
 #include "core/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/rows_scalar.h"
 
 // Only the functions of this file may use AVX2: a flag for the whole file would leak into inline functions that other
 // files share.
@@ -287,6 +288,7 @@ const Kernels& avx2_kernels() {
                                 quantise_tile<Pow2Quantiser>,
                                 quantise_tile<Bf16Quantiser>,
                                 quantise_tile<F32Quantiser>,
+                                {scalar_bf16_rows(), scalar_f32_rows()},
                                 fence};
   return table;
 }

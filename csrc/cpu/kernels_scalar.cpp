@@ -6,6 +6,7 @@
 #include "core/digest.h"
 #include "core/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/rows_scalar.h"
 
 namespace wsync {
 namespace {
@@ -146,6 +147,7 @@ const Kernels& scalar_kernels() {
                                 quantise_bf16,
                                 quantise_bf16,
                                 quantise_f32,
+                                {scalar_bf16_rows(), scalar_f32_rows()},
                                 fence};
   return table;
 }

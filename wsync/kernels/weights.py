@@ -104,7 +104,7 @@ def quantize(weight: Any, recipe: str, backend: str = "auto") -> dict[str, Tenso
     if tensor.device.type != "cpu":
         raise ConfigError(f"backend {backend!r} quantizes CPU memory, but the weight is on {tensor.device}")
     check_weight(tensor, recipe)
-    if backend == "reference" or recipe == "raw":
+    if backend == "reference" or recipe not in _OPS:
         return quantize_reference(tensor, recipe)
     return _quantize_cpu(tensor, recipe)
 
