@@ -53,6 +53,8 @@ inline Words4 load_global_16(const void* p) {
   return v;
 }
 
+inline Words4 load_global_16_written(const void* p) { return load_global_16(p); }
+
 inline void store_global_16(void* p, const Words4& v) {
   WSYNC_CHECK_ALIGNED(p, 16);
   std::memcpy(p, &v, 16);
@@ -88,6 +90,16 @@ __device__ __forceinline__ void store_global_16(void* p, const Words4& v) {
                :
                : "l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
                : "memory");
+}
+
+// The same for memory that the kernel writes as well.
+__device__ __forceinline__ Words4 load_global_16_written(const void* p) {
+  Words4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return v;
 }
 
 // Single elements of 1, 2, 4 or 8 bytes, aligned to their size. Ordered with stores of the same kernel, unlike the
@@ -136,6 +148,8 @@ __device__ __forceinline__ void store_global(void* p, T value) {
 inline float mul_rn(float a, float b) { return a * b; }
 inline float div_rn(float a, float b) { return a / b; }
 inline float fma_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float min_f32(float a, float b) { return std::fmin(a, b); }
+inline float abs_f32(float a) { return std::fabs(a); }
 inline uint32_t mul_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * static_cast<uint64_t>(b)) >> 32);
 }
@@ -143,6 +157,8 @@ inline uint32_t mul_high(uint32_t a, uint32_t b) {
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ float min_f32(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float abs_f32(float a) { return fabsf(a); }
 __device__ __forceinline__ uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 #endif
 
@@ -168,6 +184,30 @@ __device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
 #else
   return static_cast<uint32_t>(bf16_of_f32_bits(bits_of(low))) | static_cast<uint32_t>(bf16_of_f32_bits(bits_of(high)))
                                                                      << 16;
+#endif
+}
+
+// Two f32 rounded to IEEE halves (RNE), `low` in the low half.
+__device__ __forceinline__ uint32_t cvt_f16x2(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t words;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(high), "f"(low));
+  return words;
+#else
+  return static_cast<uint32_t>(f16_of_f32(low)) | static_cast<uint32_t>(f16_of_f32(high)) << 16;
+#endif
+}
+
+// The values of two e4m3 codes (the low one in the low byte), exact; a NaN stays one.
+__device__ __forceinline__ void cvt_f32x2_e4m3(uint16_t codes, float* low, float* high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(*low) : "h"(static_cast<uint16_t>(halves)));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(*high) : "h"(static_cast<uint16_t>(halves >> 16)));
+#else
+  *low = f32_of_e4m3(static_cast<uint8_t>(codes));
+  *high = f32_of_e4m3(static_cast<uint8_t>(codes >> 8));
 #endif
 }
 
