@@ -79,6 +79,7 @@ class Arrays:
         i = np.arange(len(descs), dtype=np.uint64)
         descs["dst"] = np.uint64(self.dst.ctypes.data) + i * np.uint64(2 * rows * stride)
         descs["dst_stride"] = (0, 0, stride, 1)
+        descs["src_stride"] = (0, 0, cols, 1)
         descs["extent"] = (1, 1, rows, cols)
         descs["src_offset"] = i * np.uint64(2 * numel)
         descs["wire_word"] = descs["src_offset"] // 8

@@ -98,6 +98,7 @@ const Kernels& kernels_for(Isa isa);
 const Kernels& scalar_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
 #endif
 
 }  // namespace wsync

@@ -1,5 +1,5 @@
-// The parts of pack(): how the boxes of an operation are cut into units of work, and what a unit does. A unit returns the
-// digest of the words that it wrote, and reports the first value that is not finite.
+// The parts of pack(): how the boxes of an operation are cut into units of work, and what a unit does. A unit returns
+// the digest of the words that it wrote, and reports the first value that is not finite.
 #pragma once
 
 #include <vector>

@@ -30,8 +30,7 @@ std::vector<Unit> units_of(const TransformDesc* descs, size_t num_descs) {
   for (size_t i = 0; i < num_descs; ++i) {
     const TransformDesc& d = descs[i];
     if (d.extent[0] == 0 || d.extent[1] == 0) continue;
-    const int64_t step =
-        d.op == kTransformRequantE8m0 ? kScaleBlock : std::max<int64_t>(1, kUnitValues / d.extent[1]);
+    const int64_t step = d.op == kTransformRequantE8m0 ? kScaleBlock : std::max<int64_t>(1, kUnitValues / d.extent[1]);
     for (int64_t row = 0; row < d.extent[0]; row += step) {
       units.push_back({i, row, std::min(d.extent[0], row + step)});
     }
@@ -53,7 +52,7 @@ class Decoder {
  public:
   explicit Decoder(const TransformDesc& d) : d_(d), e4m3_(e4m3_values()) {}
 
-  // Columns [begin, end) of a row. `begin` is a multiple of 128.
+  // Columns [begin, end) of a row.
   void row(float* out, int64_t row, int64_t begin, int64_t end) const {
     for (int64_t at = begin; at < end;) {
       const int64_t stop = std::min(end, end_of_block(at));
@@ -143,8 +142,23 @@ void dequantise(const TransformDesc& d, const Unit& unit) {
   }
 }
 
+// The packed index of the first decoded value of a unit that is not finite, or -1.
+int64_t first_nonfinite(const Decoder& decoder, const Unit& unit, int64_t cols) {
+  float values[kTileCols];
+  for (int64_t row = unit.begin; row < unit.end; ++row) {
+    for (int64_t col = 0; col < cols; col += kTileCols) {
+      const int64_t n = std::min<int64_t>(kTileCols, cols - col);
+      decoder.row(values, row, col, col + n);
+      for (int64_t c = 0; c < n; ++c) {
+        if ((bits_of(values[c]) & 0x7fffffffu) >= kF32Infinity) return row * cols + col + c;
+      }
+    }
+  }
+  return -1;
+}
+
 // One row of blocks, kTileBlocks at a time: all codes of a tile are read before any is written.
-void requantise(const TransformDesc& d, const Unit& unit, const Kernels& k) {
+void requantise(const TransformDesc& d, const Unit& unit, const Kernels& k, FirstBad* bad) {
   const Decoder decoder(d);
   const int rows = static_cast<int>(unit.end - unit.begin);
   float* tile = scratch<float, Use::kTile>();
@@ -157,6 +171,10 @@ void requantise(const TransformDesc& d, const Unit& unit, const Kernels& k) {
     for (int r = 0; r < rows; ++r) decoder.row(tile + r * kTileCols, unit.begin + r, col, col + width);
     uint32_t max_bits[kTileBlocks];
     k.load_f32(nullptr, tile, kTileCols, rows, cols, max_bits);
+    if (*std::max_element(max_bits, max_bits + cols.num_blocks) >= kF32Infinity) {
+      bad->report(unit.desc, first_nonfinite(decoder, unit, d.extent[1]));
+      return;
+    }
     float scale[kTileBlocks];
     auto* scales = reinterpret_cast<float*>(d.dst_scales) + unit.begin / kScaleBlock * d.dst_scale_stride;
     for (int b = 0; b < cols.num_blocks; ++b) {
@@ -179,7 +197,7 @@ void requantise(const TransformDesc& d, const Unit& unit, const Kernels& k) {
 
 }  // namespace
 
-void transform(const TransformDesc* descs, size_t num_descs, int num_threads, Isa isa) {
+void transform(const TransformDesc* descs, size_t num_descs, int num_threads, Isa isa, FirstBad* bad) {
   const Kernels& k = kernels_for(isa);
   const std::vector<Unit> units = units_of(descs, num_descs);
   parallel_for(units.size(), num_threads, [&](size_t i) {
@@ -187,7 +205,7 @@ void transform(const TransformDesc* descs, size_t num_descs, int num_threads, Is
     if (d.op == kTransformDequantise) {
       dequantise(d, units[i]);
     } else {
-      requantise(d, units[i], k);
+      requantise(d, units[i], k, bad);
     }
     k.fence();
   });

@@ -25,7 +25,7 @@ def test_descriptors_have_the_same_bytes_in_python_and_cpp(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"op": 9}, "op 9"),
+        ({"op": 10}, "op 10"),
         ({"elem_bytes": 3}, "elem_bytes is 3"),
         ({"extent": (1, 1, -2, 4)}, "extent -2"),
         ({"src": 0}, "src is null"),

@@ -146,11 +146,7 @@ def dequantize_reference(parts: dict[str, Tensor], recipe: str, dtype: torch.dty
         RecipeError: the recipe is unknown, or one of its parts is missing.
         ShapeMismatchError: the scales are not the grid of the weight.
     """
-    for name in part_names(recipe):
-        if name not in parts:
-            raise RecipeError(
-                f"recipe {recipe!r} has the parts {part_names(recipe)}, but {name!r} is not in {sorted(parts)}"
-            )
+    check_names(parts, recipe)
     if recipe in ("raw", "bf16"):
         return parts["weight"].to(dtype)
     check_parts(parts, recipe)
@@ -170,6 +166,19 @@ def _decode(parts: list[Tensor], recipe: str) -> Tensor:
             return dequantize_nvfp4(weight.view(torch.uint8), scales[0], scales[1])
         case _:
             return dequantize_block128(weight, scales[0])
+
+
+def check_names(parts: dict[str, Tensor], recipe: str) -> None:
+    """Refuse parts of which one is missing.
+
+    Raises:
+        RecipeError: the recipe is unknown, or one of its parts is missing.
+    """
+    for name in part_names(recipe):
+        if name not in parts:
+            raise RecipeError(
+                f"recipe {recipe!r} has the parts {part_names(recipe)}, but {name!r} is not in {sorted(parts)}"
+            )
 
 
 def check_parts(parts: dict[str, Tensor], recipe: str) -> None:

@@ -12,8 +12,9 @@ from wsync.formats.reference import check_parts, first_nonfinite
 def requantize_e8m0_reference(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``fp8_block128`` for a weight in ``fp8_block128_f32``: decoded in f32, then encoded again.
 
-    Idempotent. Power-of-two scales come out changed only where a block's largest code fits half of its scale; the
-    values are the same then.
+    Power-of-two scales come out halved where a block's largest code is at most 224, with the same values; from there on
+    another pass changes nothing. After f32 scales it takes two passes to get there: the first one rounds, and may round
+    a largest code to 224.
 
     Args:
         codes: e4m3 ``[..., N, K]``.
