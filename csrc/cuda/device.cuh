@@ -162,6 +162,32 @@ __device__ __forceinline__ float abs_f32(float a) { return fabsf(a); }
 __device__ __forceinline__ uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 #endif
 
+// Blocks of a kernel that the current device holds at once: what a persistent grid has. In emulation any number does; a
+// few blocks take several turns each.
+#if defined(WSYNC_EMULATE)
+template <typename Kernel>
+cudaError_t resident_blocks(Kernel, int, unsigned int* blocks) {
+  *blocks = 3;
+  return cudaSuccess;
+}
+#else
+template <typename Kernel>
+cudaError_t resident_blocks(Kernel kernel, int threads, unsigned int* blocks) {
+  int device = 0;
+  int processors = 0;
+  int per_processor = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0)) {
+    return error;
+  }
+  *blocks = static_cast<unsigned int>(processors * per_processor);
+  return cudaSuccess;
+}
+#endif
+
 // Conversions.
 
 // Two e4m3 codes, `low` in the low byte; finite values.
