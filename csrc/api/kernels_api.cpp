@@ -1,8 +1,10 @@
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "api/descriptor_checks.h"
 #include "api/descriptor_layout.h"
@@ -142,6 +144,13 @@ void register_kernels(py::module_& m) {
   m.def("memcpy", &py_memcpy, arg("dst"), arg("src"), arg("nbytes"), arg("num_threads") = 0);
   m.def("e4m3", &py_e4m3, arg("values"), "e4m3 codes of f32 values, one by one: the scalar codec, for tests.");
   m.def("best_isa", [] { return isa_name(parse_isa("auto")); });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+      if (isa <= best_isa()) names.emplace_back(isa_name(isa));
+    }
+    return names;
+  });
   m.def("num_processors", &num_processors);
   m.def("descriptor_layout", &descriptor_layout, "For each record: its size and (field, offset, bytes).");
 }

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsync.kernels import best_isa
+from wsync.kernels import isas
 from wsync.plan.descriptors import (
     AMAX_DESC,
     OP_COPY,
+    OP_NVFP4,
     PACK_DESC,
     SRC_BF16,
     SRC_BYTES,
@@ -21,7 +22,7 @@ from wsync.plan.descriptors import (
     UNPACK_DESC,
 )
 
-ISAS = ("scalar", "avx2", "avx512")[: 1 + ("scalar", "avx2", "avx512").index(best_isa())]
+ISAS = isas()
 
 SRC_OF = {torch.bfloat16: SRC_BF16, torch.float32: SRC_F32, torch.float16: SRC_F16}
 COPY_SRC_OF = {**SRC_OF, torch.float32: SRC_F32_EXACT, torch.float64: SRC_F64}
@@ -133,3 +134,20 @@ def finite_bf16(rng: np.random.Generator, shape: tuple[int, ...], style: str = "
         if style == "sparse":
             bits = np.where(rng.random(shape) < 0.7, bits & 0x8000, bits)
     return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+
+
+def matrix_of(rng: np.random.Generator, shape: tuple[int, int], style: str, layout: str, dtype: torch.dtype) -> Tensor:
+    """A matrix of ``shape`` that lies in rows, in columns, or with gaps between its columns."""
+    step = 2 if layout == "steps" else 1
+    stored = (shape[0], shape[1] * step)
+    storage = finite_bf16(rng, stored if layout != "columns" else stored[::-1], style).to(torch.float32)
+    if dtype == torch.float16:
+        storage = storage.clamp(-65504, 65504)
+    elif dtype == torch.float32 and style == "normal":  # values that bf16 does not have
+        storage += torch.from_numpy(rng.standard_normal(storage.shape).astype(np.float32)) * 1e-5
+    storage = storage.to(dtype)
+    return storage.t() if layout == "columns" else storage[:, ::step]
+
+
+def code_bytes(op: int, numel: int) -> int:
+    return numel // 2 if op == OP_NVFP4 else numel

@@ -216,6 +216,11 @@ def best_isa() -> str:
     return name
 
 
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine has, the widest last."""
+    return tuple(_C.isas())
+
+
 def num_processors() -> int:
     """Processors that this process may run on: what ``num_threads=0`` means."""
     count: int = _C.num_processors()
