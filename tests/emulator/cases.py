@@ -79,10 +79,12 @@ def _outcome(case: Case, reader: _Reader) -> Outcome:
     return Outcome(failure, digest, found, dict(zip([*case.inputs, *case.outputs], contents, strict=False)))
 
 
-def run_cases(runner: Path, build: Build, cases: Sequence[Case], scratch: Path, seed: int = 0) -> list[Outcome]:
+def run_cases(
+    runner: Path, build: Build, cases: Sequence[Case], encoded: Sequence[bytes], scratch: Path, seed: int = 0
+) -> list[Outcome]:
     """Outcomes of all cases up to the one where the runner died, whose failure is what it said then."""
     given, out = scratch / "cases.bin", scratch / "outcomes.bin"
-    given.write_bytes(b"".join(case.encode() for case in cases))
+    given.write_bytes(b"".join(encoded))
     environment = {**os.environ, **dict(build.environment)}
     done = subprocess.run([str(runner), str(given), str(out), str(seed)], capture_output=True, env=environment)
     reader = _Reader(out.read_bytes())
