@@ -29,7 +29,8 @@ struct Quotient {
   __device__ __forceinline__ float of(float x) const {
     const float q0 = mul_rn(x, reciprocal);
     const float remainder = fma_rn(-q0, divisor, x);
-    return fma_rn(remainder, reciprocal, q0);
+    // The additions above turn a quotient of -0 into +0; the divisor is positive, so the sign is that of x.
+    return f32_of(bits_of(fma_rn(remainder, reciprocal, q0)) | (bits_of(x) & 0x80000000u));
   }
 };
 
