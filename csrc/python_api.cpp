@@ -6,5 +6,6 @@ PYBIND11_MODULE(_C, m) {
   wsync::register_errors(m);
   wsync::register_kernels(m);
   wsync::register_cuda(m);
+  wsync::register_cuda_programs(m);
   wsync::register_shm(m);
 }

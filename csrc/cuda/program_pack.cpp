@@ -156,7 +156,6 @@ void add(const PackDesc& d, size_t i, Builder* builder) {
   const uint64_t numel = num_elements(d.extent);
   if (numel == 0) return;
   check_aligned(kName, i, "src", d.src, d.elem_bytes);
-  check_aligned(kName, i, "dst_offset", d.dst_offset, 8);
   check_index(kName, i, numel, "elements");
   const auto idx = static_cast<uint32_t>(i);
   PackRecord record{};

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) pack_words_kernel(const PackRecord* 
         word |= packed_element(d, at, idx) << filled;
       }
       uint8_t* dst = dst_base + d.dst_offset + static_cast<uint64_t>(w) * kWordBytes;
-      if (filled == 64) {
+      if (filled == 64 && reinterpret_cast<uint64_t>(dst) % kWordBytes == 0) {
         store_global(dst, word);
       } else {
 #pragma unroll 1
