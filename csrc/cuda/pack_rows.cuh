@@ -60,7 +60,8 @@ struct RowCoder<kSrc, kOpFp8ChannelScaled> {
     const float scale =
         place.active ? load_global<float>(reinterpret_cast<const float*>(d.scales) + place.row * d.scale_stride) : 1.0f;
     const Quotient quotient(scale);
-    if (quotient.good_for(Source<kSrc>::amax(max2))) {
+    // Of both lanes: halves of 32-bit sources are exchanged after the maximum is taken.
+    if (quotient.good_for(Source<kSrc>::amax(max_over_lanes(max2, 2)))) {
       codes_of<kSrc>(half, [&](float x) { return quotient.of(x); }, codes);
     } else {
       codes_of<kSrc>(half, [&](float x) { return div_rn(x, scale); }, codes);

@@ -3,10 +3,13 @@
 
 #include <cstddef>
 
+// 1 where kernels are compiled with AddressSanitizer. The emulator itself need not be.
+#if !defined(WSYNC_EMULATOR_ASAN)
 #if defined(__SANITIZE_ADDRESS__)
 #define WSYNC_EMULATOR_ASAN 1
 #else
 #define WSYNC_EMULATOR_ASAN 0
+#endif
 #endif
 
 #if !defined(__x86_64__) && !defined(WSYNC_EMULATOR_UCONTEXT)

@@ -24,7 +24,8 @@ struct BoundKernel {
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t, Args&&... args) {
   const BoundKernel<Params...> bound{kernel, std::tuple<Params...>(std::forward<Args>(args)...)};
-  note_launch(run_launch({name, grid, block, &BoundKernel<Params...>::call, &bound, sizeof(bound)}));
+  note_launch(run_launch({name, reinterpret_cast<const void*>(kernel), grid, block, &BoundKernel<Params...>::call,
+                          &bound, sizeof(bound)}));
 }
 
 }  // namespace wsync::emulator

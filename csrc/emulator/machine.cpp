@@ -1,5 +1,8 @@
 #include "emulator/machine.h"
 
+#include <cxxabi.h>
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -77,8 +80,19 @@ std::string at(const Thread& thread) {
 }
 
 bool same_site(const Thread& a, const Thread& b) {
-  return a.site.line == b.site.line && std::strcmp(a.site.file, b.site.file) == 0 &&
-         std::strcmp(a.operation, b.operation) == 0;
+  const auto same = [](const char* x, const char* y) { return x == y || std::strcmp(x, y) == 0; };
+  return a.site.line == b.site.line && same(a.site.file, b.site.file) && same(a.operation, b.operation);
+}
+
+// The kernel's own name where the program exports it, or what the launch calls it.
+std::string kernel_name(const Launch& launch) {
+  Dl_info info{};
+  if (dladdr(launch.function, &info) == 0 || info.dli_sname == nullptr) return launch.kernel;
+  int status = 0;
+  char* readable = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
+  std::string name = status == 0 ? readable : info.dli_sname;
+  std::free(readable);
+  return name.substr(0, name.find('('));
 }
 
 std::string where(unsigned idx) {
@@ -174,6 +188,41 @@ bool run_block(uint64_t index, std::vector<unsigned>* turns) {
   return machine.failure.empty();
 }
 
+// Whether every lane of the mask of `self` waits where it does. `first` is the thread that is lane 0.
+bool all_lanes_wait(const Thread& self, unsigned first) {
+  const Block& block = machine.block;
+  for (unsigned i = 0; i < kWarpSize; ++i) {
+    // Lanes that come last are looked at first.
+    const unsigned lane = machine.schedule == Schedule::kReversed ? i : kWarpSize - 1 - i;
+    if ((self.mask >> lane & 1u) == 0) continue;
+    if (first + lane >= block.num_threads) return false;
+    const Thread& peer = block.threads[first + lane];
+    if (peer.status != Status::kAtWarp || peer.mask != self.mask || !same_site(peer, self)) return false;
+  }
+  return true;
+}
+
+// Hands every lane what all of them brought.
+void release_lanes(uint32_t mask, unsigned first, bool orders) {
+  uint64_t gathered[kWarpSize] = {};
+  uint16_t seen[kWarpSize] = {};
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if ((mask >> lane & 1u) == 0) continue;
+    const Thread& peer = machine.block.threads[first + lane];
+    gathered[lane] = peer.value;
+    for (int i = 0; orders && i < kWarpSize; ++i) seen[i] = std::max(seen[i], peer.seen[i]);
+  }
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if ((mask >> lane & 1u) == 0) continue;
+    Thread& peer = machine.block.threads[first + lane];
+    std::memcpy(peer.gathered, gathered, sizeof(gathered));
+    peer.status = Status::kReady;
+    if (!orders) continue;
+    std::memcpy(peer.seen, seen, sizeof(seen));
+    ++peer.seen[lane];
+  }
+}
+
 bool check_launch(const Launch& launch) {
   const uint64_t threads = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
   const dim3& grid = launch.grid;
@@ -228,10 +277,9 @@ int wait_for_block(const char* operation, bool predicate, Site site) {
 }
 
 const uint64_t* wait_for_lanes(const char* operation, uint32_t mask, uint64_t value, bool orders, Site site) {
-  Block& block = machine.block;
   const unsigned lane = lane_id();
   const unsigned first = machine.current - lane;
-  Thread& self = block.threads[machine.current];
+  Thread& self = machine.block.threads[machine.current];
   self.operation = operation;
   self.site = site;
   self.mask = mask;
@@ -242,27 +290,10 @@ const uint64_t* wait_for_lanes(const char* operation, uint32_t mask, uint64_t va
          at(self).c_str(), mask, lane);
   }
   self.status = Status::kAtWarp;
-  uint64_t gathered[kWarpSize] = {};
-  uint16_t seen[kWarpSize] = {};
-  for (unsigned other = 0; other < kWarpSize; ++other) {
-    if ((mask >> other & 1u) == 0) continue;
-    const bool exists = first + other < block.num_threads;
-    const Thread* peer = exists ? &block.threads[first + other] : nullptr;
-    if (peer == nullptr || peer->status != Status::kAtWarp || peer->mask != mask || !same_site(*peer, self)) {
-      switch_context(&self.context, &machine.scheduler);  // the last lane to come lets the others go
-      return self.gathered;
-    }
-    gathered[other] = peer->value;
-    for (int i = 0; i < kWarpSize; ++i) seen[i] = std::max(seen[i], peer->seen[i]);
-  }
-  for (unsigned other = 0; other < kWarpSize; ++other) {
-    if ((mask >> other & 1u) == 0) continue;
-    Thread& peer = block.threads[first + other];
-    std::memcpy(peer.gathered, gathered, sizeof(gathered));
-    peer.status = Status::kReady;
-    if (!orders) continue;
-    std::memcpy(peer.seen, seen, sizeof(seen));
-    ++peer.seen[other];
+  if (!all_lanes_wait(self, first)) {
+    switch_context(&self.context, &machine.scheduler);  // the last lane to come lets the others go
+  } else {
+    release_lanes(mask, first, orders);
   }
   return self.gathered;
 }
@@ -304,7 +335,7 @@ std::string describe_block() {
   const uint3 i = machine.block.threads[0].indices.block;
   char text[64];
   std::snprintf(text, sizeof(text), "block (%u, %u, %u) of ", i.x, i.y, i.z);
-  return std::string(text) + machine.block.launch->kernel;
+  return text + kernel_name(*machine.block.launch);
 }
 
 }  // namespace wsync::emulator

@@ -54,7 +54,8 @@ const uint64_t* wait_for_lanes(const char* operation, uint32_t mask, uint64_t va
 unsigned lane_id();
 
 struct Launch {
-  const char* kernel;
+  const char* kernel;  // as the launch calls it
+  const void* function;
   dim3 grid;
   dim3 block;
   void (*body)(const void* arguments);  // calls the kernel

@@ -54,20 +54,14 @@ const char* verb(Access access) {
 }
 
 void fail_outside(const void* address, size_t bytes, Access access) {
-  fail("out of bounds", "%s %s %zu bytes %s", describe_running().c_str(), verb(access), bytes,
-       describe_address(address).c_str());
-}
-
-// Whether the address is the stack of a thread of this block. Only its own is right.
-bool on_stack(const void* address, size_t bytes, Access access) {
   const Block& block = *running_block();
-  if (block.threads[running_thread()].stack.holds(address)) return true;
   for (unsigned i = 0; i < block.num_threads; ++i) {
     if (!block.threads[i].stack.holds(address)) continue;
     fail("out of bounds", "%s %s %zu bytes of the local variables of %s", describe_running().c_str(), verb(access),
          bytes, describe_thread(i).c_str());
   }
-  return false;
+  fail("out of bounds", "%s %s %zu bytes %s", describe_running().c_str(), verb(access), bytes,
+       describe_address(address).c_str());
 }
 
 }  // namespace
@@ -95,7 +89,8 @@ void check_aligned(const void* address, size_t alignment) {
 }
 
 void check_access(const void* address, size_t bytes, Access access) {
-  if (!watching || running == nullptr || on_stack(address, bytes, access)) return;
+  if (!watching || running == nullptr) return;
+  if (running_block()->threads[running_thread()].stack.holds(address)) return;
   const char* name;
   const SharedSpot spot = find_shared(address, bytes, &name);
   if (spot == SharedSpot::kArray) return check_race(address, bytes, access, true, name);

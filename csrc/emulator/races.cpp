@@ -49,10 +49,10 @@ Cell* cell_of(uintptr_t address) {
 struct Observer {
   Stamp self;
   const uint16_t* seen;
-  bool shared;
+  uint64_t first_serial;  // stamps of earlier blocks do not count
 
   bool counts(const Stamp& stamp) const {
-    return stamp.clock != 0 && (shared ? stamp.serial == self.serial : stamp.serial >= (first_serial() & 0xffffffu));
+    return stamp.clock != 0 && stamp.serial >= first_serial;
   }
 
   // Whether the access that left this stamp happened before whatever this thread does now.
@@ -75,7 +75,8 @@ Observer observe(Access access, bool shared) {
     fail("too long", "%s: more blocks, barriers or __syncwarps than the race checker can count",
          describe_running().c_str());
   }
-  return {{block.serial, block.epoch, idx, clock, access == Access::kAtomic}, thread.seen, shared};
+  return {{block.serial, block.epoch, idx, clock, access == Access::kAtomic}, thread.seen,
+          shared ? block.serial : first_serial()};
 }
 
 void fail_race(const Observer& me, const Stamp& other, const char* what, const void* address, const char* name,

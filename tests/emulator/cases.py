@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from runner_build import Build
 
 CALLS = ("pack", "amax", "scales", "unpack", "installed", "transform", "digest")
 NO_BAD = 2**64 - 1
@@ -80,12 +79,12 @@ def _outcome(case: Case, reader: _Reader) -> Outcome:
 
 
 def run_cases(
-    runner: Path, build: Build, cases: Sequence[Case], encoded: Sequence[bytes], scratch: Path, seed: int = 0
+    runner: Path, cases: Sequence[Case], encoded: Sequence[bytes], scratch: Path, seed: int = 0
 ) -> list[Outcome]:
     """Outcomes of all cases up to the one where the runner died, whose failure is what it said then."""
     given, out = scratch / "cases.bin", scratch / "outcomes.bin"
     given.write_bytes(b"".join(encoded))
-    environment = {**os.environ, **dict(build.environment)}
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([str(runner), str(given), str(out), str(seed)], capture_output=True, env=environment)
     reader = _Reader(out.read_bytes())
     outcomes = []

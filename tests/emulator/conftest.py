@@ -1,7 +1,13 @@
 """Runners of emulated kernels, built once for a session and kept in pytest's cache."""
 
+import sys
+from pathlib import Path
+
 import pytest
-from runner_build import CHECKED, PLAIN, SANITIZED, build_runner, missing
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))  # kernel_boxes
+
+from runner_build import CHECKED, PLAIN, SANITIZED, build_runner, missing  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -19,34 +19,34 @@ KERNELS = ("-x", "c++", "-Wno-unknown-pragmas")
 RENAMED = ("memcpy", "memset")
 
 
+_CALLS = ("-mmemcpy-strategy=libcall:-1:noalign", "-mmemset-strategy=libcall:-1:noalign")
+_SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
 @dataclass(frozen=True)
 class Build:
-    """Flags of one kind of runner; ``hooked`` kernels report every access to memory."""
+    """Flags of one kind of runner, for the emulator and for everything else (``tested``)."""
 
     name: str
-    flags: tuple[str, ...] = ()
-    kernel_flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ("-O2",)
+    tested: tuple[str, ...] = ("-O2",)
     hooked: bool = False
-    environment: tuple[tuple[str, str], ...] = ()
+    link: tuple[str, ...] = ()
 
 
-PLAIN = Build("plain", ("-O2",), ("-O2",))
+PLAIN = Build("plain")
 CHECKED = Build(
     "checked",
-    ("-O2",),
-    (
+    tested=(
         "-O1",
         "-fsanitize=thread",
         "--param=tsan-instrument-func-entry-exit=0",
-        *(("-mmemcpy-strategy=libcall:-1:noalign", "-mmemset-strategy=libcall:-1:noalign")
-          if os.uname().machine == "x86_64" else ()),
+        *(_CALLS if os.uname().machine == "x86_64" else ()),
     ),
     hooked=True,
 )
-_SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-SANITIZED = Build(
-    "sanitized", _SANITIZERS, _SANITIZERS, environment=(("ASAN_OPTIONS", "detect_leaks=0"), ("UBSAN_OPTIONS", ""))
-)
+"""Kernels report every access to memory: to csrc/emulator/hooks.cpp, not to ThreadSanitizer."""
+SANITIZED = Build("sanitized", ("-O2", "-DWSYNC_EMULATOR_ASAN=1"), _SANITIZERS, link=_SANITIZERS)
 
 
 def missing() -> str:
@@ -74,9 +74,10 @@ def _closure(csrc: Path, source: Path) -> list[Path]:
     return sorted(found)
 
 
-def _flags(source: Path, build: Build) -> tuple[str, ...]:
-    kernel = source.suffix == ".cu"
-    return (*COMMON, *(build.kernel_flags if kernel else build.flags), *(KERNELS if kernel else ()))
+def _flags(csrc: Path, source: Path, build: Build) -> tuple[str, ...]:
+    if source.parent == csrc / "emulator":
+        return (*COMMON, *build.flags)
+    return (*COMMON, *build.tested, *(KERNELS if source.suffix == ".cu" else ()))
 
 
 def _run(command: list[str]) -> None:
@@ -86,7 +87,7 @@ def _run(command: list[str]) -> None:
 
 
 def _object(csrc: Path, source: Path, build: Build, cache: Path) -> Path:
-    flags = _flags(source, build)
+    flags = _flags(csrc, source, build)
     digest = hashlib.sha256(repr(flags).encode())
     for path in _closure(csrc, source):
         digest.update(str(path.relative_to(csrc)).encode() + path.read_bytes())
@@ -95,7 +96,7 @@ def _object(csrc: Path, source: Path, build: Build, cache: Path) -> Path:
         return out
     part = out.with_suffix(f".{os.getpid()}.part")
     _run([str(COMPILER), *flags, f"-I{csrc}", "-c", str(source), "-o", str(part)])
-    if build.hooked and source.suffix == ".cu":
+    if build.hooked and source.parent != csrc / "emulator":
         renames = [f"--redefine-sym={name}=wsync_emulator_{name}" for name in RENAMED]
         _run(["objcopy", *renames, str(part)])
     part.rename(out)
@@ -110,7 +111,6 @@ def build_runner(build: Build, cache: Path, csrc: Path = CSRC) -> Path:
     out = cache / f"runner-{build.name}-{digest}"
     if not out.exists():
         part = out.with_suffix(f".{os.getpid()}.part")
-        link = [f for f in build.flags if f.startswith("-fsanitize")]
-        _run([str(COMPILER), *link, "-rdynamic", *map(str, objects), "-ldl", "-o", str(part)])
+        _run([str(COMPILER), *build.link, "-rdynamic", *map(str, objects), "-ldl", "-o", str(part)])
         part.rename(out)
     return out
