@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, m) {
   wsync::register_kernels(m);
   wsync::register_cuda(m);
   wsync::register_delta(m);
+  wsync::register_cuda_programs(m);
   wsync::register_shm(m);
 }

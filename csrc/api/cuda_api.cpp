@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "api/cuda_library.h"
 #include "api/gil.h"
 #include "api/register.h"
 #include "cuda/probe.h"
@@ -11,19 +12,6 @@ namespace py = pybind11;
 
 namespace wsync {
 namespace {
-
-// The CUDA library lies beside this extension; nothing is opened before somebody asks.
-std::string cuda_library_path() {
-  Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(&register_cuda), &info) == 0 || info.dli_fname == nullptr) return "";
-  const std::string self = info.dli_fname;
-  return self.substr(0, self.find_last_of('/') + 1) + "libwsync_cuda.so";
-}
-
-std::string dl_reason() {
-  const char* message = dlerror();
-  return message == nullptr ? "unknown dlopen error" : message;
-}
 
 py::dict missing(const std::string& reason) {
   py::dict out;
@@ -36,13 +24,11 @@ py::dict missing(const std::string& reason) {
 }
 
 py::dict cuda_probe(const std::string& cudart) {
-  if (!cudart.empty() && dlopen(cudart.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
-    return missing("the CUDA runtime cannot be opened: " + dl_reason());
-  }
-  void* library = dlopen(cuda_library_path().c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return missing("the CUDA library of wsync cannot be opened: " + dl_reason());
+  std::string why;
+  void* library = open_cuda_library(cudart, &why);
+  if (library == nullptr) return missing(why);
   auto probe_fn = reinterpret_cast<WsyncCudaProbeFn>(dlsym(library, "wsync_cuda_probe"));
-  if (probe_fn == nullptr) return missing("the CUDA library of wsync has no probe: " + dl_reason());
+  if (probe_fn == nullptr) return missing("the CUDA library of wsync has no probe");
 
   auto probe = std::make_unique<WsyncCudaProbe>();
   {

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from wsync.formats import dequantize_reference, part_names, quantize_reference
 from wsync.formats.reference import nonfinite_error
-from wsync.kernels.ops import amax, pack, scales_from_amax, transform
 from wsync.plan.descriptors import (
     AMAX_DESC,
     NUM_DIMS,
@@ -48,33 +47,37 @@ _Addresses = npt.NDArray[np.uint64]
 _Descs = npt.NDArray[np.void]
 
 
-def quantize_cpu(weight: Tensor, recipe: str) -> dict[str, Tensor]:
-    """Encode a weight that `wsync.formats.reference.check_weight` accepts; arguments and errors of `wsync.quantize`."""
+def quantize_with(kernels: Any, weight: Tensor, recipe: str) -> dict[str, Tensor]:
+    """Encode a weight that `wsync.formats.reference.check_weight` accepts, in memory that ``kernels`` reach.
+
+    ``kernels`` has the operations of `wsync.kernels.ops`. Other arguments and errors are those of `wsync.quantize`.
+    """
     if weight.numel() == 0:
         return quantize_reference(weight, recipe)
     parts = _empty_parts(weight, recipe)
     matrices = _addresses(weight)
     descs = _pack_descs(weight, matrices, recipe, parts)
     if get_recipe(recipe).needs_amax:
-        cells = np.zeros(len(matrices), np.float32)
+        cells = torch.zeros(len(matrices), dtype=torch.float32, device=weight.device)
         regions = _amax_descs(weight, matrices, recipe, parts, cells)
-        if (found := amax(regions)) is not None:
+        if (found := kernels.amax(regions)) is not None:
             _refuse(weight, recipe, *found)
-        scales_from_amax(regions)
+        kernels.scales_from_amax(regions)
         descs["amax"] = regions["amax"]
-    if (bad := pack(descs, parts["weight"].data_ptr()).bad) is not None:
+    if (bad := kernels.pack(descs, parts["weight"].data_ptr()).bad) is not None:
         _refuse(weight, recipe, *bad)
     return parts
 
 
-def dequantize_cpu(parts: list[Tensor], recipe: str, dtype: torch.dtype) -> Tensor:
+def dequantize_with(kernels: Any, parts: list[Tensor], recipe: str, dtype: torch.dtype) -> Tensor:
     """Decode contiguous parts that `wsync.formats.reference.check_parts` accepts, in the order of `part_names`."""
     codes, scales = parts[0], parts[1]
     if codes.numel() == 0:
         return dequantize_reference(dict(zip(part_names(recipe), parts, strict=True)), recipe, dtype)
     facts = get_recipe(recipe)
     *batch, rows, stored_cols = codes.shape
-    weight = torch.empty(*batch, rows, stored_cols * facts.packed, dtype=dtype if dtype in SRC_OF_DTYPE else None)
+    shape = (*batch, rows, stored_cols * facts.packed)
+    weight = torch.empty(shape, dtype=dtype if dtype in SRC_OF_DTYPE else None, device=codes.device)
     descs = np.zeros(prod(batch), TRANSFORM_DESC)
     descs["codes"] = _addresses(codes)
     descs["code_stride"] = stored_cols
@@ -88,7 +91,7 @@ def dequantize_cpu(parts: list[Tensor], recipe: str, dtype: torch.dtype) -> Tens
     descs["recipe_op"] = OP_OF_RECIPE[recipe]
     descs["op"] = TRANSFORM_DEQUANTISE
     descs["dst_dtype"] = SRC_OF_DTYPE[weight.dtype]
-    transform(descs)
+    kernels.transform(descs)
     return weight.to(dtype)
 
 
@@ -100,10 +103,12 @@ def _refuse(weight: Tensor, recipe: str, matrix_idx: int, element: int) -> NoRet
 
 def _empty_parts(weight: Tensor, recipe: str) -> dict[str, Tensor]:
     facts = get_recipe(recipe)
-    shape = tuple(weight.shape)
-    parts = {"weight": torch.empty(facts.weight_shape(shape), dtype=getattr(torch, facts.weight_dtype))}
+    shape, device = tuple(weight.shape), weight.device
+    parts = {"weight": torch.empty(facts.weight_shape(shape), dtype=getattr(torch, facts.weight_dtype), device=device)}
     for level in facts.levels:
-        parts[f"weight{level.suffix}"] = torch.empty(level.shape(shape), dtype=getattr(torch, level.dtype))
+        parts[f"weight{level.suffix}"] = torch.empty(
+            level.shape(shape), dtype=getattr(torch, level.dtype), device=device
+        )
     return parts
 
 
@@ -144,15 +149,13 @@ def _pack_descs(weight: Tensor, matrices: _Addresses, recipe: str, parts: dict[s
     return descs
 
 
-def _amax_descs(
-    weight: Tensor, matrices: _Addresses, recipe: str, parts: dict[str, Tensor], cells: npt.NDArray[Any]
-) -> _Descs:
+def _amax_descs(weight: Tensor, matrices: _Addresses, recipe: str, parts: dict[str, Tensor], cells: Tensor) -> _Descs:
     """One descriptor for each matrix: its amax goes to ``cells``, the scale of the whole matrix to its part."""
     descs = np.zeros(len(matrices), AMAX_DESC)
     descs["src"] = matrices
     descs["src_stride"] = weight.stride()[-2:]
     descs["extent"] = tuple(weight.shape[-2:])
-    descs["amax"] = cells.ctypes.data + 4 * np.arange(len(descs))
+    descs["amax"] = _steps(cells, len(descs))
     descs["scales"] = _steps(parts[f"weight{get_recipe(recipe).levels[-1].suffix}"], len(descs))
     descs["src_dtype"] = SRC_OF_DTYPE[weight.dtype]
     descs["recipe_op"] = OP_OF_RECIPE[recipe]

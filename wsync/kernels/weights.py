@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 from wsync.errors import ConfigError, DtypeMismatchError
 from wsync.formats import dequantize_reference, part_names, quantize_reference
 from wsync.formats.reference import check_names, check_parts, check_weight
-from wsync.kernels.matrices import OP_OF_RECIPE, dequantize_cpu, quantize_cpu
+from wsync.kernels import ops
+from wsync.kernels.dispatch import BACKENDS, resolve_backend
+from wsync.kernels.matrices import OP_OF_RECIPE, dequantize_with, quantize_with
 
-BACKENDS = ("auto", "cpu", "reference")
+__all__ = ["BACKENDS", "as_tensor", "dequantize", "quantize"]
 
 
 def as_tensor(weight: Any) -> Tensor:
@@ -70,8 +73,9 @@ def quantize(weight: Any, recipe: str, backend: str = "auto") -> dict[str, Tenso
         weight: ``[..., N, K]`` in bf16, f16 or f32 (any dtype for ``raw``), any strides: a tensor, a NumPy array or an
             object with ``__dlpack__``. The last two dimensions are the matrix.
         recipe: a name of `wsync.spec.recipes.RECIPES`.
-        backend: ``"cpu"`` (compiled kernels), ``"reference"`` (plain torch), or ``"auto"``: ``"cpu"``. All give the
-            same bits.
+        backend: ``"cpu"`` (compiled kernels) or ``"reference"`` (plain torch) for CPU memory, ``"cuda"`` or
+            ``"triton"`` for a GPU's, on torch's current stream, or ``"auto"``: see `wsync.kernels.dispatch`. All give
+            the same bits.
 
     Returns:
         The parts under the engines' names, contiguous: ``weight``, and the scales of the recipe, which are multipliers
@@ -79,19 +83,21 @@ def quantize(weight: Any, recipe: str, backend: str = "auto") -> dict[str, Tenso
         encoded for itself.
 
     Raises:
-        ConfigError: the backend is unknown, or the weight is not in CPU memory (or its memory was freed).
+        ConfigError: the backend is unknown, cannot run here or not on the weight's device, or the weight's memory was
+            freed.
         DtypeMismatchError: the recipe does not take this dtype, or the weight is no plain tensor: see `as_tensor`.
         NonFiniteError: an element is NaN or infinite, or its bf16 rounding is; it names the first one.
         RecipeError: the recipe is unknown or does not take this shape.
     """
-    _check_backend(backend)
     tensor = as_tensor(weight)
-    if tensor.device.type != "cpu":
-        raise ConfigError(f"backend {backend!r} quantizes CPU memory, but the weight is on {tensor.device}")
+    chosen = resolve_backend(backend, tensor.device)
     check_weight(tensor, recipe)
-    if backend == "reference" or recipe not in OP_OF_RECIPE:
+    if chosen == "reference" or recipe not in OP_OF_RECIPE:
         return quantize_reference(tensor, recipe)
-    return quantize_cpu(tensor, recipe)
+    if chosen == "triton":
+        encoded: dict[str, Tensor] = importlib.import_module("wsync.kernels.triton").quantize_triton(tensor, recipe)
+        return encoded
+    return quantize_with(_kernels(chosen, tensor.device), tensor, recipe)
 
 
 def dequantize(
@@ -110,23 +116,39 @@ def dequantize(
         The weight ``[..., N, K]``, contiguous.
 
     Raises:
-        ConfigError: the backend is unknown, or a part is not in CPU memory (or its memory was freed).
+        ConfigError: the backend is unknown, cannot run here or not on the parts' device, the parts are on several, or
+            a part's memory was freed.
         DtypeMismatchError: a part has a dtype that the recipe does not write, or is no plain tensor: see `as_tensor`.
         RecipeError: the recipe is unknown, or one of its parts is missing.
         ShapeMismatchError: the scales are not the grid of the weight.
     """
-    _check_backend(backend)
     tensors = {name: as_tensor(part) for name, part in parts.items()}
-    for name, part in tensors.items():
-        if part.device.type != "cpu":
-            raise ConfigError(f"dequantize reads CPU memory, but {name!r} is on {part.device}")
-    if backend == "reference" or recipe not in OP_OF_RECIPE or recipe == "bf16":
-        return dequantize_reference(tensors, recipe, dtype)
     check_names(tensors, recipe)
+    device = _one_device(tensors)
+    chosen = resolve_backend(backend, device)
+    if chosen == "triton":
+        raise ConfigError(
+            "backend 'triton' does not dequantize", hint="use backend 'cuda', or move the parts with .to('cpu')"
+        )
+    if chosen == "reference" or recipe not in OP_OF_RECIPE or recipe == "bf16":
+        return dequantize_reference(tensors, recipe, dtype)
     check_parts(tensors, recipe)
-    return dequantize_cpu([tensors[name].contiguous() for name in part_names(recipe)], recipe, dtype)
+    ordered = [tensors[name].contiguous() for name in part_names(recipe)]
+    return dequantize_with(_kernels(chosen, device), ordered, recipe, dtype)
 
 
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend {backend!r} is unknown; known are {', '.join(BACKENDS)}")
+def _kernels(backend: str, device: torch.device) -> Any:
+    """The operations of `wsync.kernels.ops` for memory of ``device``."""
+    if backend == "cpu":
+        return ops
+    from wsync.kernels.cuda import CudaKernels
+
+    return CudaKernels(device)
+
+
+def _one_device(tensors: dict[str, Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) != 1:
+        where = ", ".join(f"{name!r} is on {tensor.device}" for name, tensor in tensors.items())
+        raise ConfigError(f"the parts of a weight are on one device, but {where}")
+    return devices.pop()
