@@ -93,6 +93,7 @@ def _object(csrc: Path, source: Path, build: Build, cache: Path) -> Path:
         digest.update(str(path.relative_to(csrc)).encode() + path.read_bytes())
     out = cache / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if out.exists():
+        out.touch()
         return out
     part = out.with_suffix(f".{os.getpid()}.part")
     _run([str(COMPILER), *flags, f"-I{csrc}", "-c", str(source), "-o", str(part)])
