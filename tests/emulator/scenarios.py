@@ -1,4 +1,4 @@
-"""Calls of every operation with what the CPU kernels answer: boxes of all kinds, edges of the number formats, errors."""
+"""Calls of every operation with what the CPU kernels answer: boxes of all kinds, edges of the formats, bad values."""
 
 from __future__ import annotations
 
@@ -165,9 +165,7 @@ def pack_scenario(op: int, boxes: list[tuple[Tensor, int]], seed: int, phase: tu
         nbytes = code_bytes(op, box.numel())
         nbytes *= box.element_size() if op == d.OP_COPY else 2 if op == d.OP_BF16 else 1
         at += -(-nbytes // 256) * 256 + 256
-    bucket = aligned(at - 256 if len(boxes) > 1 else nbytes, torch.uint8, 0xAA)
-    if len(boxes) > 1:
-        bucket = aligned(at, torch.uint8, 0xAA)
+    bucket = aligned(at if len(boxes) > 1 else nbytes, torch.uint8, 0xAA)  # of one box: not a byte too many
     outputs["bucket"] = bytes_of(bucket)
     table_of = np.concatenate(descs)
     case = Case("pack", table_of, inputs, outputs, bucket.data_ptr())
