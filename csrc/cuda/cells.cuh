@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_cell_scale(const PackDesc& d, int64_t at, 
 
 // A unit: scales [x, x + n) of the record's table in row-major order, one for each warp at a time. Values that are not
 // finite are left for pack_words_kernel to report.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     cell_scales_kernel(const PackRecord* records, const Unit* units, uint32_t num_units, uint8_t*, Result*) {
   for (uint32_t u = blockIdx.x; u < num_units; u += gridDim.x) {
     const Unit unit = units[u];

@@ -26,11 +26,16 @@ struct Quotient {
     return divisor >= kLeast && divisor <= kMost && mul_rn(amax, reciprocal) <= 0x1p20f;
   }
 
-  __device__ __forceinline__ float of(float x) const {
+  // Good but for the sign of a zero: the additions turn -0 into +0.
+  __device__ __forceinline__ float of_nonzero(float x) const {
     const float q0 = mul_rn(x, reciprocal);
     const float remainder = fma_rn(-q0, divisor, x);
-    // The additions above turn a quotient of -0 into +0; the divisor is positive, so the sign is that of x.
-    return f32_of(bits_of(fma_rn(remainder, reciprocal, q0)) | (bits_of(x) & 0x80000000u));
+    return fma_rn(remainder, reciprocal, q0);
+  }
+
+  // The divisor is positive, so the sign is that of x.
+  __device__ __forceinline__ float of(float x) const {
+    return f32_of(bits_of(of_nonzero(x)) | (bits_of(x) & 0x80000000u));
   }
 };
 

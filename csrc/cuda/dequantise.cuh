@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(kThreads)
     const Unit unit = units[u];
     const TransformDesc& d = records[unit.record].d;
     for (uint32_t i = unit.x + threadIdx.x; i < unit.x + unit.n; i += kThreads) {
-      const int64_t row = i / d.extent[1];
-      const int64_t col = i % d.extent[1];
+      const auto cols = static_cast<uint32_t>(d.extent[1]);
+      const uint32_t row = i / cols;
+      const uint32_t col = i - row * cols;
       store_decoded(d, row, col, decoded_element(d, row, col));
     }
   }

@@ -23,7 +23,7 @@ __device__ __forceinline__ Walk channel_walk(const PackDesc& d, int64_t row, uin
   walk.at_step = static_cast<int32_t>(team) * kStepCols;
   walk.src_step = walk.at_step * Source<kSrc>::kBytes;
   walk.offset_step = walk.at_step;
-  walk.limit = row < d.extent[2] ? static_cast<int32_t>(d.extent[3]) : 0;
+  walk.limit = static_cast<int64_t>(row) < d.extent[2] ? static_cast<int32_t>(d.extent[3]) : 0;
   return walk;
 }
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ uint32_t max_over_team(uint32_t value, uint32_t team,
 // A unit: kWarps / team rows from row x on. Rows longer than a window are loaded twice, the last window but once; the
 // second time they come out of the second-level cache.
 template <int kSrc>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kSrc == kSrcF32Exact ? 1 : 2)
     pack_channel_kernel(const PackRecord* records, const Unit* units, uint32_t num_units, uint8_t* dst_base,
                         Result* result) {
   WSYNC_SHARED(uint32_t, cells, 2 * kWarps);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const PackRecord& record = records[unit.record];
     const PackDesc& d = record.d;
     const uint32_t team = record.team;
-    const int64_t row = static_cast<int64_t>(unit.x) + warp_idx() / team;
+    const uint32_t row = unit.x + warp_idx() / team;
     typename Source<kSrc>::Half halves[kSteps];
     Walk walk = channel_walk<kSrc>(d, row, team);
     uint32_t max2 = load_tile<kSrc>(walk, halves);
@@ -68,18 +68,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       max2 = largest(max2, load_tile<kSrc>(walk, halves));
     }
     max2 = max_over_team(max2, team, cells + turn * kWarps);
-    const bool first = threadIdx.x % (team * kWarp) == 0 && row < d.extent[2];
+    const bool first = threadIdx.x % (team * kWarp) == 0 && static_cast<int64_t>(row) < d.extent[2];
     if (first && max2 >= Source<kSrc>::kNonfinite2) report_row(record, row, 0, d.extent[3], result);
     const float scale = scale_channel(Source<kSrc>::amax(max2));
     if (first) store_global(reinterpret_cast<float*>(d.scales) + row * d.scale_stride, scale);
     const Quotient quotient(scale);
     const auto divided = [&](float x) { return quotient.of(x); };
     uint8_t* dst = dst_base + d.dst_offset;
-    sum += store_tile<kSrc>(walk, halves, dst, d.wire_word, divided);
-    for (; window > 0; --window) {
+    for (;; --window) {
+      sum += store_tile<kSrc>(walk, halves, dst, d.wire_word, divided);
+      if (window == 0) break;
       advance(&walk, -1);
       load_tile<kSrc>(walk, halves);
-      sum += store_tile<kSrc>(walk, halves, dst, d.wire_word, divided);
     }
   }
   add_digest(sum, result);

@@ -93,16 +93,25 @@ struct RowCoder<kSrc, kOpNvfp4> {
   __device__ __forceinline__ explicit RowCoder(const PackDesc& d)
       : scale2(scale2_nvfp4(load_global<float>(reinterpret_cast<const void*>(d.amax)))) {}
 
+  // scale_nvfp4 with the device's conversion.
+  __device__ __forceinline__ uint8_t group_scale(float amax) const {
+    const float scale = div_rn(amax, mul_rn(6.0f, scale2));
+    const float limited = min_f32(scale < 0x1p-9f ? 0x1p-9f : scale, kE4m3Max);
+    return static_cast<uint8_t>(cvt_e4m3x2(scale == 0.0f ? 1.0f : limited, 0.0f));
+  }
+
   // A group is a vector: 2 lanes.
   __device__ __forceinline__ void operator()(const PackDesc& d, const RowPlace& place,
                                              const typename Source<kSrc>::Half& half, uint32_t max2,
                                              uint32_t (&codes)[1]) const {
     const float amax = Source<kSrc>::amax(max_over_lanes(max2, 2));
-    const uint8_t scale = scale_nvfp4(amax, scale2);
+    const uint8_t scale = group_scale(amax);
     if (place.active && threadIdx.x % 2 == 0) {
       store_global(reinterpret_cast<uint8_t*>(d.scales) + place.row * d.scale_stride + place.col / kNvGroup, scale);
     }
-    const float divisor = mul_rn(f32_of_e4m3(scale), scale2);
+    float rounded_scale, unused;
+    cvt_f32x2_e4m3(scale, &rounded_scale, &unused);
+    const float divisor = mul_rn(rounded_scale, scale2);
     const Quotient quotient(divisor);
     codes[0] = 0;
     if (quotient.good_for(amax) && divisor <= 0x1p24f) {
@@ -110,7 +119,7 @@ struct RowCoder<kSrc, kOpNvfp4> {
 #pragma unroll
       for (int i = 0; i < kHalfElems; ++i) {
         const float x = Source<kSrc>::value(half, i);
-        codes[0] |= e2m1_of_quotient(x, quotient.of(x), sign_limit) << (4 * i);
+        codes[0] |= e2m1_of_quotient(x, quotient.of_nonzero(x), sign_limit) << (4 * i);
       }
     } else {
 #pragma unroll

@@ -10,16 +10,18 @@ namespace cuda {
 
 constexpr int kWordBytes = 8;
 
-// Element offset of the packed index `idx` of a box.
+// Element offset of the packed index `idx` of a box, which has less than 2^31 elements.
 __device__ __forceinline__ int64_t box_offset(const int64_t (&extent)[kNumDims], const int64_t (&stride)[kNumDims],
-                                              int64_t idx) {
+                                              uint32_t idx) {
   int64_t offset = 0;
 #pragma unroll 1
   for (int dim = kNumDims - 1; dim > 0 && idx != 0; --dim) {
-    offset += idx % extent[dim] * stride[dim];
-    idx /= extent[dim];
+    const auto n = static_cast<uint32_t>(extent[dim]);
+    const uint32_t outer = idx / n;
+    offset += static_cast<int64_t>(idx - outer * n) * stride[dim];
+    idx = outer;
   }
-  return offset + idx * stride[0];
+  return offset + static_cast<int64_t>(idx) * stride[0];
 }
 
 __device__ __forceinline__ int64_t box_numel(const int64_t (&extent)[kNumDims]) {
@@ -80,10 +82,11 @@ __device__ __forceinline__ uint32_t quantised_element(const PackDesc& d, const u
 }
 
 // The bits of one packed element, `at` being its source.
-__device__ __forceinline__ uint64_t packed_element(const PackDesc& d, const uint8_t* at, int64_t idx) {
+__device__ __forceinline__ uint64_t packed_element(const PackDesc& d, const uint8_t* at, uint32_t idx) {
   if (d.op == kOpCopy) return load_element(at, d.elem_bytes);
   if (d.op == kOpBf16) return bf16_element(at, d.src_dtype);
-  return quantised_element(d, at, idx / d.extent[3], idx % d.extent[3]);
+  const auto cols = static_cast<uint32_t>(d.extent[3]);
+  return quantised_element(d, at, idx / cols, idx % cols);
 }
 
 __device__ __forceinline__ int packed_bits(const PackDesc& d) {
@@ -93,25 +96,27 @@ __device__ __forceinline__ int packed_bits(const PackDesc& d) {
 }
 
 // A unit: words [x, x + n) of the packed box.
-__global__ void __launch_bounds__(kThreads) pack_words_kernel(const PackRecord* records, const Unit* units,
-                                                              uint32_t num_units, uint8_t* dst_base, Result* result) {
+__global__ void __launch_bounds__(kThreads, 4)
+    pack_words_kernel(const PackRecord* records, const Unit* units, uint32_t num_units, uint8_t* dst_base,
+                      Result* result) {
   uint64_t sum = 0;
   for (uint32_t u = blockIdx.x; u < num_units; u += gridDim.x) {
     const Unit unit = units[u];
     const PackRecord& record = records[unit.record];
     const PackDesc& d = record.d;
     const int bits = packed_bits(d);
-    const int64_t numel = box_numel(d.extent);
+    const auto numel = static_cast<uint32_t>(box_numel(d.extent));
+    const auto per_word = static_cast<uint32_t>(64 / bits);
     for (uint32_t w = unit.x + threadIdx.x; w < unit.x + unit.n; w += kThreads) {
-      const int64_t first = static_cast<int64_t>(w) * (64 / bits);
+      const uint32_t first = w * per_word;
       uint64_t word = 0;
       int filled = 0;
 #pragma unroll 1
-      for (int64_t idx = first; filled < 64 && idx < numel; ++idx, filled += bits) {
+      for (uint32_t idx = first; filled < 64 && idx < numel; ++idx, filled += bits) {
         const auto* at =
             reinterpret_cast<const uint8_t*>(d.src) + box_offset(d.extent, d.src_stride, idx) * d.elem_bytes;
         if (moved_nonfinite(at, checked_dtype(d))) {
-          atomicMin(&result->bad, bad_key(record.desc_idx, static_cast<uint64_t>(idx)));
+          atomicMin(&result->bad, bad_key(record.desc_idx, idx));
         }
         word |= packed_element(d, at, idx) << filled;
       }
@@ -128,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) pack_words_kernel(const PackRecord* 
   add_digest(sum, result);
 }
 
-__device__ __forceinline__ uint64_t unpacked_element(const UnpackDesc& d, const uint8_t* src, int64_t idx) {
+__device__ __forceinline__ uint64_t unpacked_element(const UnpackDesc& d, const uint8_t* src, uint32_t idx) {
   if (d.op == kUnpackFill) return d.fill;
   const int64_t offset = box_offset(d.extent, d.src_stride, idx);
   if (d.op == kUnpackExponent) return load_global<uint32_t>(src + 4 * offset) >> 23 & 0xffu;
@@ -136,20 +141,21 @@ __device__ __forceinline__ uint64_t unpacked_element(const UnpackDesc& d, const 
 }
 
 // A unit: words [x, x + n) of the packed form of what is written.
-__global__ void __launch_bounds__(kThreads) unpack_words_kernel(const UnpackRecord* records, const Unit* units,
-                                                                uint32_t num_units, uint8_t* src_base, Result* result) {
+__global__ void __launch_bounds__(kThreads, 4)
+    unpack_words_kernel(const UnpackRecord* records, const Unit* units, uint32_t num_units, uint8_t* src_base,
+                        Result* result) {
   uint64_t sum = 0;
   for (uint32_t u = blockIdx.x; u < num_units; u += gridDim.x) {
     const Unit unit = units[u];
     const UnpackRecord& record = records[unit.record];
     const UnpackDesc& d = record.d;
-    const int64_t numel = box_numel(d.extent);
-    const int64_t per_word = kWordBytes / d.elem_bytes;
+    const auto numel = static_cast<uint32_t>(box_numel(d.extent));
+    const auto per_word = static_cast<uint32_t>(kWordBytes / d.elem_bytes);
     for (uint32_t w = unit.x + threadIdx.x; w < unit.x + unit.n; w += kThreads) {
       uint64_t word = 0;
 #pragma unroll 1
-      for (int64_t i = 0; i < per_word; ++i) {
-        const int64_t idx = w * per_word + i;
+      for (uint32_t i = 0; i < per_word; ++i) {
+        const uint32_t idx = w * per_word + i;
         if (idx >= numel) break;
         auto* dst = reinterpret_cast<uint8_t*>(d.dst) + box_offset(d.extent, d.dst_stride, idx) * d.elem_bytes;
         uint64_t element;
@@ -160,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) unpack_words_kernel(const UnpackReco
           if (d.elem_bytes < kWordBytes) element &= (uint64_t{1} << (8 * d.elem_bytes)) - 1;
           store_element(dst, d.elem_bytes, element);
         }
-        word |= element << (8 * d.elem_bytes * i);
+        word |= element << (8 * static_cast<uint32_t>(d.elem_bytes) * i);
       }
       if (d.wire_word != kUncountedWord) sum += digest_word(word, digest_key(d.wire_word + w));
     }
