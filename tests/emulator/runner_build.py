@@ -77,7 +77,7 @@ def _closure(csrc: Path, source: Path) -> list[Path]:
 
 
 def _flags(csrc: Path, source: Path, build: Build) -> tuple[str, ...]:
-    if source.parent == csrc / "emulator":
+    if csrc / "emulator" in source.parents:
         return (*COMMON, *build.flags)
     return (*COMMON, *build.tested, *(KERNELS if source.suffix == ".cu" else ()))
 
@@ -99,7 +99,7 @@ def _object(csrc: Path, source: Path, build: Build, cache: Path) -> Path:
         return out
     part = out.with_suffix(f".{os.getpid()}.part")
     _run([str(COMPILER), *flags, f"-I{csrc}", "-c", str(source), "-o", str(part)])
-    if build.hooked and source.parent != csrc / "emulator":
+    if build.hooked and csrc / "emulator" not in source.parents:
         renames = [f"--redefine-sym={name}=wsync_emulator_{name}" for name in RENAMED]
         _run(["objcopy", *renames, str(part)])
     part.rename(out)
@@ -118,9 +118,20 @@ def build_toys(build: Build, cache: Path, source: Path) -> Path:
     return build_program(build, cache, CSRC, [*emulator, source])
 
 
-def build_program(build: Build, cache: Path, csrc: Path, sources: list[Path]) -> Path:
+def _objects(build: Build, cache: Path, csrc: Path, sources: list[Path]) -> list[Path]:
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _object(csrc, source, build, cache), sources))
+        return list(pool.map(lambda source: _object(csrc, source, build, cache), sources))
+
+
+def build_library(build: Build, cache: Path, sources: list[Path], link: tuple[str, ...], out: Path) -> Path:
+    """A shared library at ``out``."""
+    objects = _objects(build, cache, CSRC, sources)
+    _run([str(COMPILER), *link, *map(str, objects), "-ldl", "-o", str(out)])
+    return out
+
+
+def build_program(build: Build, cache: Path, csrc: Path, sources: list[Path]) -> Path:
+    objects = _objects(build, cache, csrc, sources)
     digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:24]
     out = cache / f"runner-{build.name}-{digest}"
     if not out.exists():

@@ -42,6 +42,7 @@ class Scenario:
     case: Case
     digest: int
     bad: tuple[int, int] | None
+    initial: dict[str, bytes]
     expected: dict[str, bytes]
 
     def mistake(self, outcome: Outcome) -> str:
@@ -101,7 +102,7 @@ def span_of(tensor: Tensor) -> np.ndarray:
 
 
 def _finish(name: str, case: Case, run: object) -> Scenario:
-    encoded = case.encode()
+    encoded, initial = case.encode(), {n: a.tobytes() for n, a in case.outputs.items()}
     answer = run() if callable(run) else run
     digest, bad = 0, None
     if case.call in ("unpack", "installed", "digest"):
@@ -110,7 +111,7 @@ def _finish(name: str, case: Case, run: object) -> Scenario:
         digest, bad = answer
     elif case.call in ("amax", "transform"):
         bad = answer
-    return Scenario(name, encoded, case, digest, bad, {n: a.tobytes() for n, a in case.outputs.items()})
+    return Scenario(name, encoded, case, digest, bad, initial, {n: a.tobytes() for n, a in case.outputs.items()})
 
 
 def _name(*parts: object) -> str:
