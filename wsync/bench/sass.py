@@ -163,7 +163,7 @@ def hot_loop(
 
     The loop is the smallest one with the most ``payload`` instructions. Its way is the one that never passes a ``cold``
     instruction, has the most ``payload`` and then ``needed`` ones, and among those the fewest instructions; loops
-    inside it take one turn.
+    inside it take one turn, but those that only load (what a row beyond the registers needs) take none.
 
     Raises:
         ConfigError: no loop has a payload.
@@ -181,7 +181,25 @@ def hot_loop(
                 best = (found, way)
     if best[0][0] == 0:
         raise ConfigError("no loop of this kernel has a payload")
-    return [instruction for start in best[1] for instruction in blocks[start].code]
+    way = best[1]
+    skipped = _load_loops(blocks, warm, way, payload)
+    return [instruction for start in way if start not in skipped for instruction in blocks[start].code]
+
+
+def _load_loops(
+    blocks: dict[int, Block], warm: set[int], way: list[int], payload: Callable[[Instruction], bool]
+) -> set[int]:
+    """Blocks of loops inside the way that load a payload and store none, if the way stores some."""
+
+    def moved(starts: set[int]) -> set[str]:
+        return {i.base for start in starts for i in blocks[start].code if payload(i)}
+
+    found: set[int] = set()
+    for tail in way[:-1] if "STG" in moved(set(way)) else []:
+        for head in blocks[tail].after:
+            if way[0] < head <= tail and head in way and moved(inner := _body(blocks, warm, head, tail)) == {"LDG"}:
+                found |= inner
+    return found
 
 
 def _body(blocks: dict[int, Block], warm: set[int], head: int, tail: int) -> set[int]:

@@ -149,6 +149,6 @@ def _kernels(backend: str, device: torch.device) -> Any:
 def _one_device(tensors: dict[str, Tensor]) -> torch.device:
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) != 1:
-        where = ", ".join(f"{name!r} on {tensor.device}" for name, tensor in tensors.items())
-        raise ConfigError(f"the parts of a weight are on one device, but these are {where}")
+        where = ", ".join(f"{name!r} is on {tensor.device}" for name, tensor in tensors.items())
+        raise ConfigError(f"the parts of a weight are on one device, but {where}")
     return devices.pop()
