@@ -51,9 +51,7 @@ struct Observer {
   const uint16_t* seen;
   uint64_t first_serial;  // stamps of earlier blocks do not count
 
-  bool counts(const Stamp& stamp) const {
-    return stamp.clock != 0 && stamp.serial >= first_serial;
-  }
+  bool counts(const Stamp& stamp) const { return stamp.clock != 0 && stamp.serial >= first_serial; }
 
   // Whether the access that left this stamp happened before whatever this thread does now.
   bool knows(const Stamp& stamp) const {
@@ -75,7 +73,8 @@ Observer observe(Access access, bool shared) {
     fail("too long", "%s: more blocks, barriers or __syncwarps than the race checker can count",
          describe_running().c_str());
   }
-  return {{block.serial, block.epoch, idx, clock, access == Access::kAtomic}, thread.seen,
+  return {{block.serial, block.epoch, idx, clock, access == Access::kAtomic},
+          thread.seen,
           shared ? block.serial : first_serial()};
 }
 

@@ -46,6 +46,8 @@ CHECKED = Build(
     hooked=True,
 )
 """Kernels report every access to memory: to csrc/emulator/hooks.cpp, not to ThreadSanitizer."""
+UCONTEXT = Build("ucontext", ("-O2", "-DWSYNC_EMULATOR_UCONTEXT"), ("-O2", "-DWSYNC_EMULATOR_UCONTEXT"))
+"""Fibers as on processors for which there is no switch by hand."""
 SANITIZED = Build("sanitized", ("-O2", "-DWSYNC_EMULATOR_ASAN=1"), _SANITIZERS, link=_SANITIZERS)
 
 
@@ -75,7 +77,7 @@ def _closure(csrc: Path, source: Path) -> list[Path]:
 
 
 def _flags(csrc: Path, source: Path, build: Build) -> tuple[str, ...]:
-    if source.parent == csrc / "emulator":
+    if csrc / "emulator" in source.parents:
         return (*COMMON, *build.flags)
     return (*COMMON, *build.tested, *(KERNELS if source.suffix == ".cu" else ()))
 
@@ -90,13 +92,14 @@ def _object(csrc: Path, source: Path, build: Build, cache: Path) -> Path:
     flags = _flags(csrc, source, build)
     digest = hashlib.sha256(repr(flags).encode())
     for path in _closure(csrc, source):
-        digest.update(str(path.relative_to(csrc)).encode() + path.read_bytes())
+        digest.update(os.path.relpath(path, csrc).encode() + path.read_bytes())
     out = cache / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if out.exists():
+        out.touch()
         return out
     part = out.with_suffix(f".{os.getpid()}.part")
     _run([str(COMPILER), *flags, f"-I{csrc}", "-c", str(source), "-o", str(part)])
-    if build.hooked and source.parent != csrc / "emulator":
+    if build.hooked and csrc / "emulator" not in source.parents:
         renames = [f"--redefine-sym={name}=wsync_emulator_{name}" for name in RENAMED]
         _run(["objcopy", *renames, str(part)])
     part.rename(out)
@@ -105,8 +108,30 @@ def _object(csrc: Path, source: Path, build: Build, cache: Path) -> Path:
 
 def build_runner(build: Build, cache: Path, csrc: Path = CSRC) -> Path:
     """Path of the runner for this tree of sources. What was compiled before is not compiled again."""
+    return build_program(build, cache, csrc, _sources(csrc, build))
+
+
+def build_toys(build: Build, cache: Path, source: Path) -> Path:
+    """Path of a program of one kernel source, with a main of its own, and the emulator."""
+    without = ("case.cpp", "runner.cpp")
+    emulator = [p for p in _sources(CSRC, build) if p.parent.name == "emulator" and p.name not in without]
+    return build_program(build, cache, CSRC, [*emulator, source])
+
+
+def _objects(build: Build, cache: Path, csrc: Path, sources: list[Path]) -> list[Path]:
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _object(csrc, source, build, cache), _sources(csrc, build)))
+        return list(pool.map(lambda source: _object(csrc, source, build, cache), sources))
+
+
+def build_library(build: Build, cache: Path, sources: list[Path], link: tuple[str, ...], out: Path) -> Path:
+    """A shared library at ``out``."""
+    objects = _objects(build, cache, CSRC, sources)
+    _run([str(COMPILER), *link, *map(str, objects), "-ldl", "-o", str(out)])
+    return out
+
+
+def build_program(build: Build, cache: Path, csrc: Path, sources: list[Path]) -> Path:
+    objects = _objects(build, cache, csrc, sources)
     digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:24]
     out = cache / f"runner-{build.name}-{digest}"
     if not out.exists():

@@ -1,4 +1,4 @@
-"""Calls of every operation with what the CPU kernels answer: boxes of all kinds, edges of the number formats, errors."""
+"""Calls of every operation with what the CPU kernels answer: boxes of all kinds, edges of the formats, bad values."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Scenario:
     case: Case
     digest: int
     bad: tuple[int, int] | None
+    initial: dict[str, bytes]
     expected: dict[str, bytes]
 
     def mistake(self, outcome: Outcome) -> str:
@@ -72,16 +73,20 @@ def aligned(numel: int, dtype: torch.dtype, fill: float = 0) -> Tensor:
     """A tensor that begins on a multiple of 256 bytes, as memory of a device does."""
     raw = torch.empty(numel + 256 // dtype.itemsize + 1, dtype=dtype)
     start = -raw.data_ptr() % 256 // dtype.itemsize
-    return torch.from_numpy(raw.view(torch.uint8).numpy()[start * dtype.itemsize :][: numel * dtype.itemsize]).view(
-        dtype
-    ).fill_(fill)
+    return (
+        torch.from_numpy(raw.view(torch.uint8).numpy()[start * dtype.itemsize :][: numel * dtype.itemsize])
+        .view(dtype)
+        .fill_(fill)
+    )
 
 
 def at_aligned(tensor: Tensor) -> Tensor:
     """The same values and strides in storage that begins on a multiple of 256 bytes."""
     whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return aligned(whole.numel(), tensor.dtype).copy_(whole).as_strided(
-        tensor.shape, tensor.stride(), tensor.storage_offset()
+    return (
+        aligned(whole.numel(), tensor.dtype)
+        .copy_(whole)
+        .as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     )
 
 
@@ -97,7 +102,7 @@ def span_of(tensor: Tensor) -> np.ndarray:
 
 
 def _finish(name: str, case: Case, run: object) -> Scenario:
-    encoded = case.encode()
+    encoded, initial = case.encode(), {n: a.tobytes() for n, a in case.outputs.items()}
     answer = run() if callable(run) else run
     digest, bad = 0, None
     if case.call in ("unpack", "installed", "digest"):
@@ -106,7 +111,7 @@ def _finish(name: str, case: Case, run: object) -> Scenario:
         digest, bad = answer
     elif case.call in ("amax", "transform"):
         bad = answer
-    return Scenario(name, encoded, case, digest, bad, {n: a.tobytes() for n, a in case.outputs.items()})
+    return Scenario(name, encoded, case, digest, bad, initial, {n: a.tobytes() for n, a in case.outputs.items()})
 
 
 def _name(*parts: object) -> str:
@@ -143,8 +148,17 @@ def pack_scenario(op: int, boxes: list[tuple[Tensor, int]], seed: int, phase: tu
             inputs[f"amax {i}"] = bytes_of(amax)
         is_block = op in (d.OP_FP8_BLOCK128, d.OP_FP8_BLOCK128_F32, d.OP_FP8_SCALED)
         descs.append(
-            pack_desc(box, op, dst_offset=at, wire_word=at // 8 + 5, scales=table, amax=amax, src_dtype=src_dtype,
-                      phase=phase if is_block else (0, 0), piece_idx=i)
+            pack_desc(
+                box,
+                op,
+                dst_offset=at,
+                wire_word=at // 8 + 5,
+                scales=table,
+                amax=amax,
+                src_dtype=src_dtype,
+                phase=phase if is_block else (0, 0),
+                piece_idx=i,
+            )
         )
         inputs[f"source {i}"] = span_of(box)
         if table is not None:
@@ -152,9 +166,7 @@ def pack_scenario(op: int, boxes: list[tuple[Tensor, int]], seed: int, phase: tu
         nbytes = code_bytes(op, box.numel())
         nbytes *= box.element_size() if op == d.OP_COPY else 2 if op == d.OP_BF16 else 1
         at += -(-nbytes // 256) * 256 + 256
-    bucket = aligned(at - 256 if len(boxes) > 1 else nbytes, torch.uint8, 0xAA)
-    if len(boxes) > 1:
-        bucket = aligned(at, torch.uint8, 0xAA)
+    bucket = aligned(at if len(boxes) > 1 else nbytes, torch.uint8, 0xAA)  # of one box: not a byte too many
     outputs["bucket"] = bytes_of(bucket)
     table_of = np.concatenate(descs)
     case = Case("pack", table_of, inputs, outputs, bucket.data_ptr())
@@ -213,15 +225,37 @@ def nonfinite_scenarios(seed: int, ops: tuple[int, ...] = PACK_OPS) -> Iterator[
         yield pack_scenario(op, boxes, seed)
 
 
+def awkward_scenarios(seed: int) -> Iterator[Scenario]:
+    """Rows half a vector off, and one value far larger than its neighbours, which given scales do not fit."""
+    rng = np.random.default_rng(seed)
+    for op in PACK_OPS:
+        for dtype, src_dtype in SOURCES.values():
+            half = 8 // dtype.itemsize
+            stored = at_aligned(matrix_of(rng, (9, 160 + 4 * half), "normal", "rows", dtype))
+            steep = at_aligned(torch.full((4, 64), 1e-3).to(dtype))
+            for row in range(4):
+                steep[row, int(rng.integers(64))] = 4e36 if dtype != torch.float16 else 6e4
+            yield pack_scenario(op, [(stored[:, half : half + 160], src_dtype), (steep, src_dtype)], seed)
+
+
 def copy_scenarios(seed: int) -> Iterator[Scenario]:
     """Raw copies of every element size, checked floats among them, in boxes of up to four dimensions."""
     rng = np.random.default_rng(seed)
-    for dtype, src in ((torch.uint8, d.SRC_BYTES), (torch.int16, d.SRC_BYTES), (torch.float16, d.SRC_F16),
-                       (torch.bfloat16, d.SRC_BF16), (torch.float32, d.SRC_F32_EXACT), (torch.float64, d.SRC_F64)):
+    for dtype, src in (
+        (torch.uint8, d.SRC_BYTES),
+        (torch.int16, d.SRC_BYTES),
+        (torch.float16, d.SRC_F16),
+        (torch.bfloat16, d.SRC_BF16),
+        (torch.float32, d.SRC_F32_EXACT),
+        (torch.float64, d.SRC_F64),
+    ):
         for shape in ((3, 5, 7, 11), (2, 6, 4, 64), (1, 1, 1, 4100)):
             whole = at_aligned(torch.from_numpy(rng.integers(0, 100, shape)).to(dtype))
-            yield pack_scenario(d.OP_COPY, [(whole, src), (whole.transpose(1, 2), src), (whole[:, 1:, :, 1:], src)], seed) \
-                if shape[1] > 1 else pack_scenario(d.OP_COPY, [(whole, src)], seed)
+            yield (
+                pack_scenario(d.OP_COPY, [(whole, src), (whole.transpose(1, 2), src), (whole[:, 1:, :, 1:], src)], seed)
+                if shape[1] > 1
+                else pack_scenario(d.OP_COPY, [(whole, src)], seed)
+            )
     bad = at_aligned(torch.ones(4, 96, dtype=torch.float64))
     bad[2, 17] = float("inf")
     yield pack_scenario(d.OP_COPY, [(bad, d.SRC_F64)], seed)
@@ -248,7 +282,9 @@ def amax_scenarios(seed: int) -> Iterator[Scenario]:
             scales = aligned(shape[0] * 40, torch.float32, -1.0).view(-1, 40)
             descs = amax_desc(box, cells, scales, phase, op, src)
             case = Case("scales", descs, {"cells": bytes_of(cells)}, {"scales": bytes_of(scales)})
-            yield _finish(_name("scales op", op, shape, "seed", seed), case, lambda d=descs: kernels.scales_from_amax(d))
+            yield _finish(
+                _name("scales op", op, shape, "seed", seed), case, lambda d=descs: kernels.scales_from_amax(d)
+            )
 
 
 def unpack_scenarios(seed: int) -> Iterator[Scenario]:
@@ -278,9 +314,14 @@ def unpack_scenarios(seed: int) -> Iterator[Scenario]:
         inputs = {"bucket": bytes_of(wire)}
         name = _name("unpack", elem_bytes, shape, "seed", seed)
         base = wire.data_ptr()
-        yield _finish(name, Case("unpack", descs, inputs, outputs, base), lambda a=descs, b=base: kernels.unpack(a, b, 1))
-        yield _finish(f"installed {name}", Case("installed", descs, dict(outputs), {}),
-                      lambda a=descs: kernels.installed_digest(a, 1))
+        yield _finish(
+            name, Case("unpack", descs, inputs, outputs, base), lambda a=descs, b=base: kernels.unpack(a, b, 1)
+        )
+        yield _finish(
+            f"installed {name}",
+            Case("installed", descs, dict(outputs), {}),
+            lambda a=descs: kernels.installed_digest(a, 1),
+        )
     powers = aligned(77, torch.float32)
     powers.copy_(torch.from_numpy(np.exp2(rng.integers(-126, 127, 77)).astype(np.float32)))
     exponents = aligned(77, torch.uint8, 1).view(7, 11)
@@ -324,14 +365,20 @@ def transform_scenarios(seed: int) -> Iterator[Scenario]:
             dst = stored.view(cols, rows).t() if (seed + j + k) % 3 == 0 else stored.view(rows, cols)
             descs = _transform_desc(d.TRANSFORM_DEQUANTISE, recipe, parts, dst, src)
             case = Case("transform", descs, inputs, {"values": bytes_of(stored)})
-            yield _finish(_name("dequantise", recipe, rows, cols, src, "seed", seed), case,
-                          lambda a=descs: kernels.transform(a, 1))
+            yield _finish(
+                _name("dequantise", recipe, rows, cols, src, "seed", seed),
+                case,
+                lambda a=descs: kernels.transform(a, 1),
+            )
     for cols, bad in ((160, False), (131, False), (160, True)):
         weight = matrix_of(rng, (140, cols), "normal", "rows", torch.bfloat16)
         codes, scales = (at_aligned(p.contiguous()) for p in quantize_reference(weight, "fp8_block128_f32").values())
         if bad:
             codes.view(torch.uint8)[130, 17] = 0x7F
-        dst, dst_scales = aligned(140 * cols, torch.uint8, 9).view(140, cols), aligned(scales.numel(), torch.float32, -1)
+        dst, dst_scales = (
+            aligned(140 * cols, torch.uint8, 9).view(140, cols),
+            aligned(scales.numel(), torch.float32, -1),
+        )
         descs = _transform_desc(d.TRANSFORM_REQUANT_E8M0, "fp8_block128_f32", [codes, scales], dst, 0)
         descs["dst_scales"], descs["dst_scale_stride"] = dst_scales.data_ptr(), scales.shape[1]
         inputs = {"codes": bytes_of(codes), "old scales": bytes_of(scales)}
@@ -339,5 +386,13 @@ def transform_scenarios(seed: int) -> Iterator[Scenario]:
         yield _finish(_name("requantise", cols, bad, "seed", seed), case, lambda a=descs: kernels.transform(a, 1))
 
 
-ALL = (pack_scenarios, nonfinite_scenarios, copy_scenarios, amax_scenarios, unpack_scenarios, digest_scenarios,
-       transform_scenarios)
+ALL = (
+    pack_scenarios,
+    nonfinite_scenarios,
+    awkward_scenarios,
+    copy_scenarios,
+    amax_scenarios,
+    unpack_scenarios,
+    digest_scenarios,
+    transform_scenarios,
+)
