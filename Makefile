@@ -15,7 +15,7 @@ WHEEL_VENV = .venv-wheel
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm dist clean
+.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm record-delta dist clean
 
 setup: $(VENV)/.ready
 
@@ -76,6 +76,11 @@ record: setup
 # The same for the server: about ten minutes, on a machine that does nothing else.
 record-vllm: $(VENV)/.ready-vllm
 	$(BIN)/wsync bench vllm --preset qwen3-0.6b --json bench/records/vllm_qwen3_0.6b.json
+
+# What an optimizer step changes, and how few bytes that takes: about two minutes.
+record-delta: setup
+	OMP_NUM_THREADS=1 $(BIN)/python bench/delta_training.py bench/records/delta_training.json
+	$(BIN)/python -m wsync.bench.markdown bench/records/delta_training.json docs/measurement.md
 
 dist: setup
 	rm -rf dist

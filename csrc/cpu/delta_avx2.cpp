@@ -23,6 +23,8 @@ struct Avx2Masks {
 
   template <int kBytes>
   static void masks(const uint8_t* base, const uint8_t* fresh, const int16_t* limits, GroupMasks* found) {
+    found->from[0] = ~uint64_t{0};
+    found->from[kGapClasses] = 0;
     if constexpr (kBytes == 2) {
       words(base, fresh, limits, found);
     } else {
@@ -51,7 +53,7 @@ struct Avx2Masks {
         mask |= bits(_mm256_packs_epi16(_mm256_cmpgt_epi16(low[half], limit), _mm256_cmpgt_epi16(high[half], limit)))
                 << (32 * half);
       }
-      found->at_least[j] = mask;
+      found->from[j + 1] = mask;
     }
   }
 
@@ -63,7 +65,7 @@ struct Avx2Masks {
     const __m256i low = _mm256_and_si256(a, magnitude), high = _mm256_and_si256(b, magnitude);
     for (int j = 0; j < kGapClasses - 1; ++j) {
       const __m256i limit = _mm256_set1_epi8(static_cast<char>(limits[j] > 127 ? 127 : limits[j]));
-      found->at_least[j] = bits(_mm256_cmpgt_epi8(low, limit)) | bits(_mm256_cmpgt_epi8(high, limit)) << 32;
+      found->from[j + 1] = bits(_mm256_cmpgt_epi8(low, limit)) | bits(_mm256_cmpgt_epi8(high, limit)) << 32;
     }
   }
 

@@ -7,6 +7,7 @@ struct ScalarMasks {
   template <int kBytes>
   static void masks(const uint8_t* base, const uint8_t* fresh, const int16_t* limits, GroupMasks* found) {
     *found = {};
+    found->from[0] = ~uint64_t{0};
     for (int i = 0; i < 64; ++i) {
       uint16_t from = 0, to = 0;
       std::memcpy(&from, base + kBytes * i, kBytes);
@@ -14,7 +15,7 @@ struct ScalarMasks {
       found->changed |= static_cast<uint64_t>(from != to) << i;
       const int magnitude = from & (kBytes == 2 ? 0x7fff : 0x7f);
       for (int j = 0; j < kGapClasses - 1; ++j) {
-        found->at_least[j] |= static_cast<uint64_t>(magnitude > limits[j]) << i;
+        found->from[j + 1] |= static_cast<uint64_t>(magnitude > limits[j]) << i;
       }
     }
   }
