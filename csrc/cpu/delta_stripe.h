@@ -13,11 +13,12 @@
 namespace wsync {
 namespace {
 
-// Bit i: element i of a group of 64 differs; bit i of from[c]: it is of class c or above (all of 0, none of the last).
+// Bit i of `changed`: element i of a group of 64 differs; bit i of plane[b]: bit b of its gap class is set.
 struct GroupMasks {
   uint64_t changed;
-  uint64_t from[kGapClasses + 1];
+  uint64_t plane[3];
 };
+static_assert(kGapClasses == 8, "a gap class has three bits");
 
 class BitWriter {
  public:
@@ -156,14 +157,10 @@ class StripeCodec {
     for (size_t i = 0; i < num_elements; i += every) top = std::max(top, exponent(load(base, i)));
     return std::max(top - kHeadroom, 0);
   }
-  // Magnitudes above the threshold j are of class j + 1 or above.
-  static void thresholds(int top, int16_t* found) {
-    for (int j = 0; j < kGapClasses - 1; ++j) {
-      const int below = top - kGapClasses + 1 + j;
-      found[j] = static_cast<int16_t>(below < 0 ? -1 : (below << kMantissaBits) | ((1 << kMantissaBits) - 1));
-    }
+  static uint64_t members(const GroupMasks& masks, int c) {
+    const auto flip = [c](int b) { return static_cast<uint64_t>((c >> b) & 1) - 1; };
+    return (masks.plane[0] ^ flip(0)) & (masks.plane[1] ^ flip(1)) & (masks.plane[2] ^ flip(2));
   }
-  static uint64_t members(const GroupMasks& masks, int c) { return masks.from[c] & ~masks.from[c + 1]; }
 
   static constexpr size_t kBlockGroups = 32;
   struct Block {
@@ -173,18 +170,17 @@ class StripeCodec {
   };
 
   // The elements of the block that differ, in `places`, and what their ranks need. Returns how many there are.
-  static size_t find(const uint8_t* fresh, const uint8_t* base, size_t num_groups, const int16_t* limits,
-                     GapClass* classes, Block* block) {
+  static size_t find(const uint8_t* fresh, const uint8_t* base, size_t num_groups, int top, GapClass* classes,
+                     Block* block) {
     size_t num_found = 0;
+    uint32_t seen[kGapClasses];
+    for (int c = 0; c < kGapClasses; ++c) seen[c] = static_cast<uint32_t>(classes[c].seen);
     for (size_t g = 0; g < num_groups; ++g) {
       GroupMasks& masks = block->masks[g];
-      Simd::template masks<kBytes>(base + g * kGroupBytes, fresh + g * kGroupBytes, limits, &masks);
-      uint64_t above = 64;
+      Simd::template masks<kBytes>(base + g * kGroupBytes, fresh + g * kGroupBytes, top, &masks);
       for (int c = 0; c < kGapClasses; ++c) {
-        const auto count = static_cast<uint64_t>(__builtin_popcountll(masks.from[c + 1]));
-        block->seen[g][c] = static_cast<uint32_t>(classes[c].seen);
-        classes[c].seen += above - count;
-        above = count;
+        block->seen[g][c] = seen[c];
+        seen[c] += static_cast<uint32_t>(__builtin_popcountll(members(masks, c)));
       }
       uint64_t left = masks.changed;
       const auto count = static_cast<size_t>(__builtin_popcountll(left));
@@ -198,6 +194,7 @@ class StripeCodec {
       }
       num_found += count;
     }
+    for (int c = 0; c < kGapClasses; ++c) classes[c].seen = seen[c];
     return num_found;
   }
 
@@ -208,8 +205,6 @@ class StripeCodec {
     if (changes->size() < most + 1) changes->resize(most + 1);
     const int top = sampled_top(base, num_elements);
     *top_out = static_cast<uint8_t>(top);
-    int16_t limits[kGapClasses - 1];
-    thresholds(top, limits);
     GapClass classes[kGapClasses];
     uint32_t first_gap[kGapClasses] = {};
     uint32_t* gap_of_next[kGapClasses];
@@ -229,7 +224,7 @@ class StripeCodec {
     Block block;
     for (size_t at = 0; at < span; at += kBlockGroups * kGroupBytes) {
       const size_t num_groups = std::min<size_t>(kBlockGroups, (span - at) / kGroupBytes);
-      const size_t found = find(fresh + at, base + at, num_groups, limits, classes, &block);
+      const size_t found = find(fresh + at, base + at, num_groups, top, classes, &block);
       *num_changed += found;
       const size_t taken = std::min(found, static_cast<size_t>(end - change));
       for (size_t n = 0; n < taken; ++n) {
@@ -285,19 +280,15 @@ class StripeCodec {
       if (gap_k[c] > kMaxGapParam) return "a gap parameter is too large";
     }
     for (int s = 0; s < kStepClasses; ++s) step_k[s] = (code[kGapClasses + s / 2] >> (s % 2 * 4)) & 15;
-    int16_t limits[kGapClasses - 1];
-    thresholds(top, limits);
     BitReader bits(code + kStripeParamBytes, size - kStripeParamBytes);
     GapClass classes[kGapClasses];
     for (int c = 0; c < kGapClasses; ++c) classes[c].next = bits.take_rice(gap_k[c]);
     for (size_t at = 0; at < span; at += kGroupBytes) {
       GroupMasks masks;
-      Simd::template masks<kBytes>(base + at, base + at, limits, &masks);
-      uint64_t ends[kGapClasses], pending = 0, above = 64;
+      Simd::template masks<kBytes>(base + at, base + at, top, &masks);
+      uint64_t ends[kGapClasses], pending = 0;
       for (int c = 0; c < kGapClasses; ++c) {
-        const auto beyond = static_cast<uint64_t>(__builtin_popcountll(masks.from[c + 1]));
-        ends[c] = classes[c].seen + above - beyond;
-        above = beyond;
+        ends[c] = classes[c].seen + static_cast<uint64_t>(__builtin_popcountll(members(masks, c)));
         if (classes[c].next < ends[c]) pending |= Simd::select(members(masks, c), classes[c].next - classes[c].seen);
       }
       while (pending != 0) {

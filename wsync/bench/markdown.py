@@ -1,7 +1,8 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm`` and ``delta`` for those of ``make record-delta``; what stands between them is replaced. A test compares.
+``vllm`` for those of ``wsync bench vllm`` and with ``delta`` for those of ``make record-delta``; what stands between
+them is replaced. A test compares.
 """
 
 from __future__ import annotations
