@@ -47,6 +47,20 @@ WSYNC_HD float f32_of_f16(uint16_t half) {
   return f32_of(sign | ((magnitude << 13) + (112u << 23)));
 }
 
+// IEEE half of an f32, to nearest, ties to even: finite values beyond the largest half become infinite, NaN stays NaN.
+WSYNC_HD uint16_t f16_of_f32(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > kF32Infinity) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | kF16Infinity);
+  // Below 2^-14 the step is 2^-24 = ulp(1/2): adding 1/2 rounds there. Above, drop 13 mantissa bits and rebias.
+  const uint32_t half = magnitude < 0x38800000u
+                            ? bits_of(f32_of(magnitude) + 0.5f) - 0x3f000000u
+                            : ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  return static_cast<uint16_t>(sign | half);
+}
+
 // e4m3fn of an f32, to nearest, ties to even; -0 is kept; magnitudes above 448 (NaN too) become 448.
 WSYNC_HD uint8_t e4m3_of_f32(float value) {
   const uint32_t bits = bits_of(value);

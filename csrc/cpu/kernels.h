@@ -13,6 +13,9 @@ namespace wsync {
 constexpr int kTileBlocks = 8;
 constexpr int kTileRows = 128;
 constexpr int kTileCols = kTileBlocks * 128;
+// Values that share a scale in mxfp8 and in nvfp4.
+constexpr int kMxGroup = 32;
+constexpr int kNvGroup = 16;
 
 // The columns of a tile: block b holds columns [begin[b], begin[b + 1]).
 struct TileCols {
@@ -33,6 +36,22 @@ struct TileSink {
   const uint8_t* ahead;
   int64_t ahead_stride;   // bytes
   int ahead_block_bytes;  // of one row of one block; 0: nothing to fetch
+};
+
+// Recipes whose scale blocks lie in a row. All take n contiguous values of one kind, write their codes to dst, return
+// the digest of the codes from first_word on (a last partial word padded with zeros), and raise *max_bits to the f32
+// bits of the largest |value|. What they write when a value is not finite is unspecified.
+struct RowKernels {
+  // f32 bits of the largest |value|.
+  uint32_t (*largest)(const void* src, size_t n);
+  // rne_e4m3(value * factor) and rne_e4m3(value / divisor), saturating at 448.
+  uint64_t (*multiply)(uint8_t* dst, const void* src, size_t n, float factor, uint64_t first_word, uint32_t* max_bits);
+  uint64_t (*divide)(uint8_t* dst, const void* src, size_t n, float divisor, uint64_t first_word, uint32_t* max_bits);
+  // n is a multiple of 32; one E8M0 byte for each 32 values goes to scales.
+  uint64_t (*mxfp8)(uint8_t* dst, uint8_t* scales, const void* src, size_t n, uint64_t first_word, uint32_t* max_bits);
+  // n is a multiple of 16; two e2m1 codes a byte; one e4m3 byte for each 16 values goes to scales.
+  uint64_t (*nvfp4)(uint8_t* dst, uint8_t* scales, const void* src, size_t n, float scale2, uint64_t first_word,
+                    uint32_t* max_bits);
 };
 
 struct Kernels {
@@ -64,6 +83,13 @@ struct Kernels {
   uint64_t (*quantise_bf16)(const uint16_t* tile, int rows, const TileCols&, const float* scale, const TileSink&);
   uint64_t (*quantise_f32)(const float* tile, int rows, const TileCols&, const float* scale, const TileSink&);
 
+  // Of bf16 and of f32 values.
+  RowKernels rows[2];
+
+  // n codes times a scale, one rounding: of e4m3, and of e2m1, two a byte (the first at the low end; n is even).
+  void (*decode_e4m3)(float* out, const uint8_t* codes, size_t n, float scale);
+  void (*decode_e2m1)(float* out, const uint8_t* codes, size_t n, float scale);
+
   // Orders non-temporal stores before whatever tells another thread or process that the bytes are there.
   void (*fence)();
 };
@@ -76,6 +102,7 @@ const Kernels& kernels_for(Isa isa);
 const Kernels& scalar_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
 #endif
 
 }  // namespace wsync

@@ -6,6 +6,7 @@
 #include "core/digest.h"
 #include "core/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/rows_scalar.h"
 
 namespace wsync {
 namespace {
@@ -128,6 +129,17 @@ uint64_t quantise_f32(const float* tile, int rows, const TileCols& cols, const f
   return quantise(tile, rows, cols, scale, sink, [](float v) { return v; });
 }
 
+void decode_e4m3(float* out, const uint8_t* codes, size_t n, float scale) {
+  for (size_t i = 0; i < n; ++i) out[i] = f32_of_e4m3(codes[i]) * scale;
+}
+
+void decode_e2m1(float* out, const uint8_t* codes, size_t n, float scale) {
+  for (size_t i = 0; i < n; i += 2) {
+    out[i] = f32_of_e2m1(codes[i / 2] & 15u) * scale;
+    out[i + 1] = f32_of_e2m1(codes[i / 2] >> 4) * scale;
+  }
+}
+
 void fence() { std::atomic_thread_fence(std::memory_order_release); }
 
 }  // namespace
@@ -146,12 +158,16 @@ const Kernels& scalar_kernels() {
                                 quantise_bf16,
                                 quantise_bf16,
                                 quantise_f32,
+                                {scalar_bf16_rows(), scalar_f32_rows()},
+                                decode_e4m3,
+                                decode_e2m1,
                                 fence};
   return table;
 }
 
 const Kernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512_kernels();
   if (isa == Isa::kAvx2) return avx2_kernels();
 #endif
   (void)isa;

@@ -44,6 +44,10 @@ uint64_t unpack(const UnpackDesc* descs, size_t num_descs, const uint8_t* src_ba
 // The digest of what lies at the destinations now.
 uint64_t installed_digest(const UnpackDesc* descs, size_t num_descs, int num_threads, Isa isa);
 
+// Dequantises or requantises every matrix; only a requantisation looks for weights that are not finite. The destination
+// may be the source only in whole (codes on codes, scales on scales).
+void transform(const TransformDesc* descs, size_t num_descs, int num_threads, Isa isa, FirstBad* bad);
+
 // Contiguous bytes; a last partial word is padded with zeros.
 uint64_t digest(const void* src, size_t nbytes, uint64_t first_word, int num_threads, Isa isa);
 

@@ -1,4 +1,4 @@
-// Tiles: the pieces of a matrix that the fp8 operations work on, one row of scale blocks high.
+// Tiles: the pieces of a matrix that the block-scaled fp8 operations work on, one row of scale blocks high.
 #pragma once
 
 #include <cstdint>
@@ -6,36 +6,9 @@
 
 #include "core/descriptors.h"
 #include "cpu/kernels.h"
+#include "cpu/values.h"
 
 namespace wsync {
-
-// A strided matrix whose scale blocks begin where the tensor's own grid has them: the first block of a box may be
-// shorter by the phase.
-struct Matrix {
-  uint64_t src;
-  int64_t row_stride;  // elements
-  int64_t col_stride;
-  int64_t rows;
-  int64_t cols;
-  int32_t row_phase;
-  int32_t col_phase;
-  int32_t src_dtype;
-
-  int64_t num_block_rows() const { return rows == 0 ? 0 : (row_phase + rows + kScaleBlock - 1) / kScaleBlock; }
-  int64_t num_block_cols() const { return cols == 0 ? 0 : (col_phase + cols + kScaleBlock - 1) / kScaleBlock; }
-  // First row (column) of block i; block num_block_rows() begins at `rows`.
-  int64_t row_of(int64_t block) const;
-  int64_t col_of(int64_t block) const;
-  uint64_t address(int64_t row, int64_t col) const;
-  int64_t elem_bytes() const { return src_dtype == kSrcBf16 || src_dtype == kSrcF16 ? 2 : 4; }
-
-  bool rounds_to_bf16() const { return src_dtype == kSrcF32; }
-  // Whether tiles hold f32 (values as given) or bf16.
-  bool f32_tiles() const { return src_dtype == kSrcF16 || src_dtype == kSrcF32Exact; }
-};
-
-Matrix matrix_of(const PackDesc& d);
-Matrix matrix_of(const AmaxDesc& d);
 
 // The blocks [row_begin, row_end) x [col_begin, col_end) of a matrix: the work of one thread at a time.
 struct TileUnit {
@@ -79,10 +52,7 @@ void fetch_ahead(const Matrix& matrix, const TileUnit& unit, int64_t idx, TileSi
 // Turns a bf16 tile into an f32 tile of the same values, in another buffer of this thread.
 void widen(Tile* tile);
 
-// The packed index (row * cols + col) of the first non-finite value of the unit.
-int64_t first_nonfinite(const Matrix& matrix, const TileUnit& unit);
-
-// Whether a source value of this dtype at `address` counts as non-finite.
-bool is_nonfinite(uint64_t address, int32_t src_dtype);
+// The elements of the unit.
+Region region_of(const Matrix& matrix, const TileUnit& unit);
 
 }  // namespace wsync

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsync.kernels import best_isa
+from wsync.kernels import isas
 from wsync.plan.descriptors import (
     AMAX_DESC,
     OP_COPY,
+    OP_NVFP4,
     PACK_DESC,
     SRC_BF16,
     SRC_BYTES,
@@ -17,10 +18,11 @@ from wsync.plan.descriptors import (
     SRC_F32,
     SRC_F32_EXACT,
     SRC_F64,
+    UNPACK_COPY,
     UNPACK_DESC,
 )
 
-ISAS = ("scalar", "avx2") if best_isa() == "avx2" else ("scalar",)
+ISAS = isas()
 
 SRC_OF = {torch.bfloat16: SRC_BF16, torch.float32: SRC_F32, torch.float16: SRC_F16}
 COPY_SRC_OF = {**SRC_OF, torch.float32: SRC_F32_EXACT, torch.float64: SRC_F64}
@@ -37,6 +39,7 @@ def pack_desc(
     dst_offset: int = 0,
     wire_word: int = 0,
     scales: Tensor | None = None,
+    amax: Tensor | None = None,
     phase: tuple[int, int] = (0, 0),
     src_dtype: int | None = None,
     piece_idx: int = 0,
@@ -50,6 +53,8 @@ def pack_desc(
     if scales is not None:
         desc["scales"] = scales.data_ptr()
         desc["scale_stride"] = scales.stride(0)
+    if amax is not None:
+        desc["amax"] = amax.data_ptr()
     desc["row_phase"], desc["col_phase"] = phase
     desc["op"] = op
     known = COPY_SRC_OF if op == OP_COPY else SRC_OF
@@ -59,10 +64,26 @@ def pack_desc(
     return desc
 
 
-def unpack_desc(box: Tensor, *, src_offset: int = 0, wire_word: int = 0, piece_idx: int = 0) -> np.ndarray:
+def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(np.prod(shape[d + 1 :])) for d in range(len(shape)))
+
+
+def unpack_desc(
+    box: Tensor,
+    *,
+    src_stride: tuple[int, ...] | None = None,
+    src_offset: int = 0,
+    wire_word: int = 0,
+    op: int = UNPACK_COPY,
+    fill: int = 0,
+    piece_idx: int = 0,
+) -> np.ndarray:
+    """Reads a packed box, unless ``src_stride`` (in elements) says otherwise."""
     desc = np.zeros(1, UNPACK_DESC)
     desc["dst"] = box.data_ptr()
     desc["dst_stride"] = four(box.stride(), 0)
+    desc["src_stride"] = four(packed_strides(tuple(box.shape)) if src_stride is None else src_stride, 0)
+    desc["op"], desc["fill"] = op, fill
     desc["extent"] = four(tuple(box.shape), 1)
     desc["src_offset"] = src_offset
     desc["wire_word"] = wire_word
@@ -71,7 +92,9 @@ def unpack_desc(box: Tensor, *, src_offset: int = 0, wire_word: int = 0, piece_i
     return desc
 
 
-def amax_desc(box: Tensor, amax: Tensor, scales: Tensor, phase: tuple[int, int], recipe_op: int) -> np.ndarray:
+def amax_desc(
+    box: Tensor, amax: Tensor, scales: Tensor, phase: tuple[int, int], recipe_op: int, src_dtype: int | None = None
+) -> np.ndarray:
     """``amax`` and ``scales`` are the parts of the grids that begin at the box's first block."""
     desc = np.zeros(1, AMAX_DESC)
     desc["src"] = box.data_ptr()
@@ -82,7 +105,7 @@ def amax_desc(box: Tensor, amax: Tensor, scales: Tensor, phase: tuple[int, int],
     desc["scales"] = scales.data_ptr()
     desc["scale_stride"] = scales.stride(0)
     desc["row_phase"], desc["col_phase"] = phase
-    desc["src_dtype"] = SRC_OF[box.dtype]
+    desc["src_dtype"] = SRC_OF[box.dtype] if src_dtype is None else src_dtype
     desc["recipe_op"] = recipe_op
     return desc
 
@@ -111,3 +134,20 @@ def finite_bf16(rng: np.random.Generator, shape: tuple[int, ...], style: str = "
         if style == "sparse":
             bits = np.where(rng.random(shape) < 0.7, bits & 0x8000, bits)
     return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+
+
+def matrix_of(rng: np.random.Generator, shape: tuple[int, int], style: str, layout: str, dtype: torch.dtype) -> Tensor:
+    """A matrix of ``shape`` that lies in rows, in columns, or with gaps between its columns."""
+    step = 2 if layout == "steps" else 1
+    stored = (shape[0], shape[1] * step)
+    storage = finite_bf16(rng, stored if layout != "columns" else stored[::-1], style).to(torch.float32)
+    if dtype == torch.float16:
+        storage = storage.clamp(-65504, 65504)
+    elif dtype == torch.float32 and style == "normal":  # values that bf16 does not have
+        storage += torch.from_numpy(rng.standard_normal(storage.shape).astype(np.float32)) * 1e-5
+    storage = storage.to(dtype)
+    return storage.t() if layout == "columns" else storage[:, ::step]
+
+
+def code_bytes(op: int, numel: int) -> int:
+    return numel // 2 if op == OP_NVFP4 else numel

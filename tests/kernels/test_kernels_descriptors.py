@@ -11,7 +11,20 @@ from kernel_boxes import bucket, pack_desc, unpack_desc
 from wsync import kernels
 from wsync.errors import ConfigError
 from wsync.plan import descriptors
-from wsync.plan.descriptors import AMAX_DESC, OP_BF16, OP_COPY, OP_FP8_BLOCK128, PACK_DESC, SRC_BYTES, SRC_F32, SRC_F64
+from wsync.plan.descriptors import (
+    AMAX_DESC,
+    OP_BF16,
+    OP_COPY,
+    OP_FP8_BLOCK128,
+    OP_FP8_CHANNEL,
+    OP_FP8_TENSOR,
+    OP_MXFP8,
+    OP_NVFP4,
+    PACK_DESC,
+    SRC_BYTES,
+    SRC_F32,
+    SRC_F64,
+)
 
 
 @pytest.mark.parametrize("name", ["PACK_DESC", "AMAX_DESC", "UNPACK_DESC", "TRANSFORM_DESC"])
@@ -25,7 +38,7 @@ def test_descriptors_have_the_same_bytes_in_python_and_cpp(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"op": 9}, "op 9"),
+        ({"op": 10}, "op 10"),
         ({"elem_bytes": 3}, "elem_bytes is 3"),
         ({"extent": (1, 1, -2, 4)}, "extent -2"),
         ({"src": 0}, "src is null"),
@@ -38,6 +51,12 @@ def test_descriptors_have_the_same_bytes_in_python_and_cpp(name):
         ({"op": OP_FP8_BLOCK128}, "scales is null"),
         ({"op": OP_FP8_BLOCK128, "scales": 64, "row_phase": 128}, "phase 128"),
         ({"op": OP_FP8_BLOCK128, "scales": 64, "extent": (2, 1, 2, 4)}, "more than two dimensions"),
+        ({"op": OP_FP8_CHANNEL}, "scales is null"),
+        ({"op": OP_FP8_TENSOR}, "amax is null"),
+        ({"op": OP_NVFP4, "scales": 64, "extent": (1, 1, 2, 16)}, "amax is null"),
+        ({"op": OP_NVFP4, "scales": 64, "amax": 64}, "columns is 4, not a multiple of 16"),
+        ({"op": OP_MXFP8, "scales": 64, "extent": (1, 1, 2, 48)}, "columns is 48, not a multiple of 32"),
+        ({"op": OP_MXFP8, "scales": 64, "extent": (1, 1, 2, 32), "col_phase": 16}, "col_phase is 16"),
     ],
 )
 def test_a_malformed_descriptor_is_refused_by_name_and_writes_nothing(change, message):
@@ -50,6 +69,13 @@ def test_a_malformed_descriptor_is_refused_by_name_and_writes_nothing(change, me
         kernels.pack(descs, out.ctypes.data)
     assert message in str(caught.value)
     assert (out == 7).all()
+
+
+def test_the_amax_of_a_recipe_without_one_is_refused():
+    desc = np.zeros(1, AMAX_DESC)
+    desc["src_dtype"], desc["recipe_op"] = SRC_F32, OP_MXFP8
+    with pytest.raises(ConfigError, match=r"AMAX_DESC\[0\]: recipe_op 8 is not OP_FP8_BLOCK128"):
+        kernels.amax(desc)
 
 
 def test_descriptors_of_another_dtype_are_refused():
@@ -70,6 +96,10 @@ def test_a_null_bucket_and_an_unknown_instruction_set_are_refused():
 def test_the_environment_chooses_the_instruction_set(monkeypatch):
     monkeypatch.setenv("WSYNC_ISA", "scalar")
     assert kernels.best_isa() == "scalar"
+    assert "scalar" in kernels.isas()
+    if "avx512" not in kernels.isas():
+        with pytest.raises(ConfigError, match="'avx512' was asked for"):
+            kernels.digest(64, 0, 0, isa="avx512")
     monkeypatch.setenv("WSYNC_ISA", "abacus")
     with pytest.raises(ConfigError, match="abacus"):
         kernels.digest(0, 0, 0)

@@ -13,14 +13,21 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from wsync.errors import ConfigError, DtypeMismatchError, NonFiniteError, RecipeError, ShapeMismatchError
 from wsync.formats import decode_e4m3
 from wsync.kernels import dequantize, quantize
-from wsync.spec.recipes import RECIPES, recipe_parts
+from wsync.spec.recipes import RECIPES, get_recipe, recipe_parts
 
-ROUNDING = ("bf16", "fp8_block128", "fp8_block128_f32")
+ROUNDING = tuple(recipe for recipe in RECIPES if recipe != "raw")
+QUANTISED = tuple(name for name, facts in RECIPES.items() if facts.quantised)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return (torch.from_numpy(np.random.default_rng(1).standard_normal(shape).astype(np.float32)) * 0.02).to(dtype)
+
+
+def fitting(shape: tuple[int, ...], recipe: str) -> tuple[int, ...]:
+    """``shape`` with its last dimension up to whole groups."""
+    group = get_recipe(recipe).group
+    return (*shape[:-1], -(-shape[-1] // group) * group)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -31,25 +38,28 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(300, 260), (128, 128), (3, 130, 140), (2, 2, 64, 50), (1, 7), (0, 16), (2, 0, 4)])
 def test_every_backend_gives_the_same_bits(recipe, dtype, shape):
-    weight = weight_of(shape, dtype)
+    weight = weight_of(fitting(shape, recipe), dtype)
     reference = quantize(weight, recipe, "reference")
+    back = {d: dequantize(reference, recipe, d, "reference") for d in (*DTYPES, torch.float64)}
     for backend in ("cpu", "auto"):
         parts = quantize(weight, recipe, backend)
         assert list(parts) == list(reference)
         assert all(same_bits(parts[name], reference[name]) for name in parts)
+        assert all(same_bits(dequantize(parts, recipe, d, backend), back[d]) for d in back)
 
 
 @pytest.mark.parametrize("recipe", ROUNDING)
 def test_strided_weights_are_quantized_where_they_lie(recipe):
-    storage = weight_of((3, 200, 300), torch.bfloat16)
+    storage = weight_of((32, 192, 300), torch.bfloat16)
     views = (
-        storage[:, ::2, 5:],
-        storage.transpose(1, 2),
-        storage[1:, 3:, ::3],
-        storage.permute(2, 0, 1),
+        storage[:3, ::2, 12:],
+        storage[:3].transpose(1, 2),
+        storage[1:5, 3:, ::3],
+        storage.permute(2, 1, 0)[:4],
         storage[1].t(),
     )
     for view in views:
+        view = view[..., : view.shape[-1] // get_recipe(recipe).group * get_recipe(recipe).group]
         expected = quantize(view.contiguous(), recipe, "reference")
         got = quantize(view, recipe, "cpu")
         assert all(same_bits(got[name], expected[name]) for name in expected)
@@ -57,7 +67,7 @@ def test_strided_weights_are_quantized_where_they_lie(recipe):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_parts_have_the_names_dtypes_and_shapes_that_the_recipe_declares(recipe):
-    weight = weight_of((3, 130, 140), torch.bfloat16)
+    weight = weight_of((3, 130, 160), torch.bfloat16)
     parts = quantize(weight, recipe)
     declared = recipe_parts("weight", tuple(weight.shape), "bfloat16", recipe)
     assert {n: (str(p.dtype).removeprefix("torch."), tuple(p.shape)) for n, p in parts.items()} == {
@@ -99,7 +109,7 @@ def test_arrays_and_dlpack_objects_are_taken_as_tensors_are():
 @pytest.mark.parametrize("recipe", ROUNDING)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_non_finite_weight_is_refused_with_its_first_index(backend, recipe, value):
-    weight = weight_of((2, 3, 150, 140), torch.bfloat16)
+    weight = weight_of((2, 3, 150, 160), torch.bfloat16)
     weight[1, 2, 130, 7] = value
     weight[1, 0, 149, 139] = value
     with pytest.raises(NonFiniteError) as caught:
@@ -121,6 +131,10 @@ def test_what_a_recipe_cannot_encode_is_refused_by_name():
         quantize(torch.zeros(4, 4), "bf16", "gpu")
     with pytest.raises(ConfigError, match="meta"):
         quantize(torch.zeros(4, 4, device="meta"), "bf16")
+    with pytest.raises(RecipeError, match="multiple of 32"):
+        quantize(torch.zeros(4, 48), "mxfp8")
+    with pytest.raises(ConfigError, match="'gpu' is unknown"):
+        dequantize({"weight": torch.zeros(4, 4)}, "bf16", backend="gpu")
     with pytest.raises(RecipeError, match="weight_scale_inv"):
         dequantize({"weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, "fp8_block128")
 
@@ -128,7 +142,7 @@ def test_what_a_recipe_cannot_encode_is_refused_by_name():
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("recipe", ROUNDING)
 def test_views_that_negate_or_turn_around_are_taken_by_their_values(recipe, backend):
-    weight = weight_of((130, 140), torch.float32)
+    weight = weight_of((130, 160), torch.float32)
     expected = quantize(-weight, recipe, "reference")
     got = quantize(torch._neg_view(weight), recipe, backend)
     assert all(same_bits(got[name], expected[name]) for name in expected)
@@ -166,6 +180,17 @@ def test_a_tensor_without_plain_memory_is_refused_by_name(recipe, backend, dtens
             quantize(weight, recipe, backend)
 
 
+@pytest.mark.parametrize("recipe", QUANTISED)
+def test_parts_of_any_strides_and_bytes_of_small_floats_are_decoded(recipe):
+    weight = weight_of((2, 130, 160), torch.bfloat16)
+    parts = quantize(weight, recipe)
+    expected = dequantize(parts, recipe, torch.bfloat16, "reference")
+    turned = {n: p.transpose(0, -1).contiguous().transpose(0, -1) if p.dim() > 1 else p for n, p in parts.items()}
+    plain = {n: p.view(torch.uint8) if p.dtype == torch.float8_e4m3fn else p for n, p in turned.items()}
+    for given_parts in (turned, plain):
+        assert same_bits(dequantize(given_parts, recipe, torch.bfloat16, "cpu"), expected)
+
+
 @pytest.mark.parametrize("recipe", ["fp8_block128", "fp8_block128_f32"])
 def test_parts_that_do_not_fit_are_refused_with_both_values(recipe):
     codes = torch.zeros(256, 200, dtype=torch.float8_e4m3fn)
@@ -180,7 +205,8 @@ def test_parts_that_do_not_fit_are_refused_with_both_values(recipe):
         (codes, scales.to("meta"), ConfigError, "'weight_scale_inv' is on meta"),
         (codes, scales.to_sparse(), DtypeMismatchError, r"it has torch\.sparse_coo"),
     ):
-        with pytest.raises(error, match=says):
-            dequantize({"weight": weight, "weight_scale_inv": scale}, recipe)
+        for backend in ("cpu", "reference"):
+            with pytest.raises(error, match=says):
+                dequantize({"weight": weight, "weight_scale_inv": scale}, recipe, backend=backend)
     raw = dequantize({"weight": codes.view(torch.uint8), "weight_scale_inv": scales}, recipe)
     assert torch.equal(raw, torch.zeros(256, 200))

@@ -51,6 +51,7 @@ def test_a_process_ends_while_daemon_threads_are_inside_kernels():
         pack["src"], unpack["dst"] = a.ctypes.data, a.ctypes.data
         for desc, stride in ((pack, "src_stride"), (unpack, "dst_stride")):
             desc[stride], desc["extent"], desc["elem_bytes"] = (0, 0, 0, 1), (1, 1, 1, nbytes), 1
+        unpack["src_stride"] = unpack["dst_stride"]
         calls = {
             "pack": lambda: kernels.pack(pack, b.ctypes.data, 1),
             "unpack": lambda: kernels.unpack(unpack, b.ctypes.data, 1),

@@ -6,7 +6,7 @@ import torch
 
 import wsync
 
-SHAPES = {"plain": (300, 200), "wide": (130, 520), "stack": (3, 200, 136), "norm": (77,)}
+SHAPES = {"plain": (300, 224), "wide": (130, 544), "stack": (3, 200, 160), "norm": (77,)}
 
 
 def full_tensors(version: int) -> dict[str, torch.Tensor]:
@@ -35,6 +35,12 @@ def _distribute(full, layout, world_size):
         mesh = mesh2["dp"]
     fully_shard(module, mesh=mesh)
     return module
+
+
+def published(version: int, dtype: str) -> dict[str, torch.Tensor]:
+    """The whole model as recipes see it: f32 masters rounded to bf16, others as they are."""
+    to = torch.bfloat16 if dtype == "float32" else getattr(torch, dtype)
+    return {name: t.to(to) for name, t in full_tensors(version).items()}
 
 
 def trainer(report, rank, world_size, layout, dtype, store, key_file, init_file, transport):

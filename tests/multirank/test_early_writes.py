@@ -148,3 +148,39 @@ def test_inference_tensors_have_no_count_and_are_published(key_file):
 def test_an_unknown_check_is_refused(key_file):
     with pytest.raises(ConfigError, match=r"write_check must be one of .*'digest'.*, got 'always'"):
         wsync.Source(torch_tensors(1.0), store="tcp://127.0.0.1:0", key_file=key_file, write_check="always")
+
+
+class AfterAmaxes:
+    """The kernels; between the amaxes and the first bucket the trainer writes."""
+
+    def __init__(self, write):
+        self._write = write
+
+    def scales_from_amax(self, descs):
+        kernels.scales_from_amax(descs)
+        self._write()
+
+    def __getattr__(self, name):
+        return getattr(kernels, name)
+
+
+def test_a_write_between_the_amaxes_and_the_packing_is_seen_by_the_second_read(key_file, monkeypatch):
+    weights = {name: torch.full((8, 32), 1.0) for name in ("a", "b")}
+    live = {part: torch.zeros((8, 32), dtype=torch.float8_e4m3fn) for part in weights}
+    live |= {f"{name}_scale": torch.zeros(()) for name in weights}
+    args = {"key_file": key_file, "recipes": dict.fromkeys(weights, "fp8_tensor")}
+    with wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file, write_check="digest") as source:
+        with wsync.Sink(live, store=source.store, **args) as sink:
+            write = AfterAmaxes(lambda: weights["b"].data.fill_(3.0))
+            with monkeypatch.context() as patch:
+                patch.setattr(wsync.session.source, "kernels", write)
+                publication = source.publish(1, deadline_s=30)
+                ticket = sink.prepare(30)
+                with pytest.raises(StateError, match="weights of 'b' were written while they were read for a publish"):
+                    publication.wait_committed()
+                with pytest.raises(CommitError, match="version 1 was not committed"):
+                    sink.commit(ticket)
+            publication = source.publish(2, deadline_s=30)
+            sink.commit(sink.prepare(30))
+            publication.wait_committed()
+            assert float(live["b_scale"]) == pytest.approx(3 / 448)

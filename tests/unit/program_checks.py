@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+from standin_recipes import codes_of, group_amaxes, scales_of, whole_parts
 
 from wsync.plan import make_plan, sink_slices, source_slices
 from wsync.plan.descriptors import (
@@ -10,7 +11,12 @@ from wsync.plan.descriptors import (
     OP_COPY,
     OP_FP8_BLOCK128,
     OP_FP8_BLOCK128_F32,
+    OP_FP8_CHANNEL,
+    OP_FP8_CHANNEL_SCALED,
     OP_FP8_SCALED,
+    OP_FP8_TENSOR,
+    OP_MXFP8,
+    OP_NVFP4,
     PACK_DESC,
     SRC_BF16,
     SRC_F16,
@@ -28,9 +34,9 @@ from wsync.spec.manifest import (
     SourceManifest,
     TensorSpec,
 )
-from wsync.spec.recipes import recipe_parts
 
 M64 = 2**64
+FLOATS = ("bfloat16", "float16", "float32")
 HOST = RankInfo("h")
 
 
@@ -61,34 +67,64 @@ def word_digest(data: bytes, first_word: int) -> int:
 
 
 def to_f32(raw: np.ndarray, src_dtype: int) -> np.ndarray:
+    if src_dtype == SRC_F16:
+        return raw.view("<f2").astype(np.float32)
     return (raw.astype(np.uint32) << 16).view(np.float32) if src_dtype == SRC_BF16 else raw
 
 
 def source_view(desc, strides, extents) -> np.ndarray:
-    typestr = {SRC_BF16: "<u2", SRC_F32: "<f4"}[int(desc["src_dtype"])]
-    return to_f32(view(desc["src"], typestr, strides, extents, np.dtype(typestr).itemsize), int(desc["src_dtype"]))
+    typestr = {SRC_BF16: "<u2", SRC_F16: "<u2", SRC_F32: "<f4"}[int(desc["src_dtype"])]
+    raw = view(desc["src"], typestr, strides, extents, np.dtype(typestr).itemsize)
+    return to_f32(np.ascontiguousarray(raw), int(desc["src_dtype"]))
 
 
-def cell_view(address: int, stride: int, desc, extents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The f32 cells of a descriptor's blocks, and the row and column of every element in them."""
-    rows = (np.arange(extents[0]) + int(desc["row_phase"])) // 128
-    cols = (np.arange(extents[1]) + int(desc["col_phase"])) // 128
-    cells = view(address, "<f4", (int(stride), 1), (rows[-1] + 1, cols[-1] + 1), 4)
-    return cells, rows[:, None], cols[None, :]
+RECIPES = {OP_FP8_CHANNEL: "fp8_channel", OP_FP8_TENSOR: "fp8_tensor", OP_MXFP8: "mxfp8", OP_NVFP4: "nvfp4"}
+"""Of the operations that do more than blocks of 128 x 128."""
+
+BLOCKS = {
+    OP_FP8_BLOCK128: (128, 128),
+    OP_FP8_BLOCK128_F32: (128, 128),
+    OP_FP8_SCALED: (128, 128),
+    OP_FP8_CHANNEL: (1, 2**62),
+    OP_FP8_CHANNEL_SCALED: (1, 2**62),
+    OP_FP8_TENSOR: (2**62, 2**62),
+    OP_MXFP8: (1, 32),
+    OP_NVFP4: (1, 16),
+}
+"""Rows and columns of weights that share a scale of the table (of the exchanged amax where there is no table)."""
+
+
+def cell_index(desc, block, extents) -> tuple[np.ndarray, np.ndarray]:
+    """The cell of every element of a descriptor's box."""
+    phases = (int(desc["row_phase"]), int(desc["col_phase"]))
+    assert phases == (0, 0) or block == (128, 128)
+    rows, cols = ((np.arange(n) + phase) // step for n, phase, step in zip(extents, phases, block, strict=True))
+    return np.broadcast_arrays(rows[:, None], cols[None, :])
+
+
+def cells_at(address: int, stride: int, index, elem_bytes: int = 4) -> np.ndarray:
+    shape = (index[0].max() + 1, index[1].max() + 1)
+    return view(address, "<f4" if elem_bytes == 4 else "|u1", (int(stride), 1), shape, elem_bytes)
+
+
+def amax_block(desc) -> tuple[int, int]:
+    op = int(desc["recipe_op"])
+    assert op in (OP_FP8_BLOCK128, OP_FP8_BLOCK128_F32, OP_FP8_CHANNEL, OP_FP8_TENSOR, OP_NVFP4)
+    return BLOCKS[OP_FP8_TENSOR] if op == OP_NVFP4 else BLOCKS[op]
 
 
 def run_amax(descs: np.ndarray) -> None:
     for desc in descs:
         values = source_view(desc, desc["src_stride"], desc["extent"])
-        cells, rows, cols = cell_view(desc["amax"], desc["amax_stride"], desc, desc["extent"])
-        np.maximum.at(cells, np.broadcast_arrays(rows, cols), np.abs(values))
+        index = cell_index(desc, amax_block(desc), desc["extent"])
+        np.maximum.at(cells_at(desc["amax"], desc["amax_stride"], index), index, np.abs(values))
 
 
 def run_scales(descs: np.ndarray) -> None:
     for desc in descs:
-        amax, _, _ = cell_view(desc["amax"], desc["amax_stride"], desc, desc["extent"])
-        scales, _, _ = cell_view(desc["scales"], desc["scale_stride"], desc, desc["extent"])
-        scales[...] = amax
+        index = cell_index(desc, amax_block(desc), desc["extent"])
+        cells = cells_at(desc["amax"], desc["amax_stride"], index)
+        cells_at(desc["scales"], desc["scale_stride"], index)[...] = cells
 
 
 def run_pack(descs: np.ndarray, bucket: np.ndarray, words_before: int) -> int:
@@ -117,18 +153,25 @@ def packed(desc) -> bytes:
         return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2").tobytes()
     assert tuple(extents[:2]) == (1, 1)
     matrix = values[0, 0]
-    scales, rows, cols = cell_view(desc["scales"], desc["scale_stride"], desc, extents[2:])
-    if op in (OP_FP8_BLOCK128, OP_FP8_BLOCK128_F32):
-        assert desc["row_phase"] == desc["col_phase"] == 0
-        scales[...] = 0
-        np.maximum.at(scales, np.broadcast_arrays(rows, cols), np.abs(matrix))
+    block, recipe = BLOCKS[op], RECIPES.get(op, "fp8_block128")
+    tensor_amax = None
+    if op in (OP_FP8_TENSOR, OP_NVFP4):
+        tensor_amax = view(desc["amax"], "<f4", (1,), (1,), 4)[0]
+        assert tensor_amax > 0
     else:
-        assert op == OP_FP8_SCALED
-    return quantised(matrix, scales[rows, cols]).tobytes()
-
-
-def quantised(matrix: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.round(matrix.astype(np.float64) / scale * 100 + 100).astype(np.uint8)
+        assert desc["amax"] == 0
+    if op == OP_FP8_TENSOR:
+        assert desc["scales"] == 0
+        return codes_of(recipe, matrix, np.zeros((1, 1)), tensor_amax).tobytes()
+    index = cell_index(desc, block, extents[2:])
+    elem_bytes = 1 if op in (OP_MXFP8, OP_NVFP4) else 4
+    scales = cells_at(desc["scales"], desc["scale_stride"], index, elem_bytes)
+    if op not in (OP_FP8_SCALED, OP_FP8_CHANNEL_SCALED):
+        assert desc["row_phase"] == desc["col_phase"] == 0
+        amax = np.zeros(scales.shape, np.float32)
+        np.maximum.at(amax, index, matrix)
+        scales[...] = scales_of(recipe, amax, tensor_amax).astype(scales.dtype)
+    return codes_of(recipe, matrix, scales[index], tensor_amax).tobytes()
 
 
 def run_unpack(descs: np.ndarray, bucket: np.ndarray) -> int:
@@ -162,7 +205,7 @@ class Trainer:
             return values
         if tensor.dtype == "bfloat16":
             return (values.view(np.uint32) >> 16).astype("<u2")
-        return values.astype({"int64": "<i8", "uint8": "u1"}[tensor.dtype])
+        return values.astype({"int64": "<i8", "uint8": "u1", "float16": "<f2"}[tensor.dtype])
 
     def _shard(self, tensor_idx: int, box: Box, rng: random.Random) -> ShardMemory:
         whole = self.whole[tensor_idx]
@@ -176,20 +219,25 @@ class Trainer:
         return ShardMemory(local.__array_interface__["data"][0], strides, box)
 
 
-def whole_part(tensor: TensorSpec, values: np.ndarray, recipe: str, role: str) -> np.ndarray:
+def as_f32(tensor: TensorSpec, values: np.ndarray) -> np.ndarray:
+    return to_f32(values, {"bfloat16": SRC_BF16, "float16": SRC_F16}.get(tensor.dtype, SRC_F32))
+
+
+def expected_part(tensor: TensorSpec, values: np.ndarray, recipe: str, role: str, group_amax) -> np.ndarray:
     """A part, quantised in one go, as elements of opaque bytes."""
     if recipe == "raw":
         return np.ascontiguousarray(values).view(f"|V{values.itemsize}")
-    f32 = to_f32(values, SRC_BF16 if tensor.dtype == "bfloat16" else SRC_F32)
+    f32 = np.ascontiguousarray(as_f32(tensor, values))
     if recipe == "bf16":
-        return (np.ascontiguousarray(f32).view(np.uint32) >> 16).astype("<u2").view("|V2")
-    grid = np.zeros(recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)[1].shape, np.float32)
-    codes = np.zeros(tensor.shape, np.uint8)
-    rows, cols = np.arange(tensor.shape[-2])[:, None] // 128, np.arange(tensor.shape[-1])[None, :] // 128
-    for i in np.ndindex(tensor.shape[:-2]):
-        np.maximum.at(grid[i], np.broadcast_arrays(rows, cols), f32[i])
-        codes[i] = quantised(f32[i], grid[i][rows, cols])
-    return grid.view("|V4") if role == "scale" else codes.view("|V1")
+        return (f32.view(np.uint32) >> 16).astype("<u2").view("|V2")
+    raw = whole_parts(tensor, f32, recipe, group_amax)[role]
+    return np.ascontiguousarray(raw).view(f"|V{raw.shape[-1]}")[..., 0]
+
+
+def amaxes_of(source: SourceManifest, ranks, trainer) -> dict:
+    """(rank index, checkpoint name) -> amax of its scale group."""
+    f32 = [as_f32(t, v) if t.dtype in FLOATS else v for t, v in zip(source.tensors, trainer.whole, strict=True)]
+    return group_amaxes(source, ranks, f32)
 
 
 def run_programs(source: SourceManifest, sink: SinkManifest, options: PlanOptions, seed: int) -> None:
@@ -198,7 +246,8 @@ def run_programs(source: SourceManifest, sink: SinkManifest, options: PlanOption
     programs = [compile_source(s, source.tensors, trainer.memory[s.rank]) for s in source_slices(plan)]
     wire, digests = pack_all(programs)
     by_name = {t.name: i for i, t in enumerate(source.tensors)}
-    for manifest, slice_ in zip(sink.ranks, sink_slices(plan), strict=True):
+    groups = amaxes_of(source, sink.ranks, trainer)
+    for rank_idx, (manifest, slice_) in enumerate(zip(sink.ranks, sink_slices(plan), strict=True)):
         storages = [np.zeros(s.num_elements, f"|V{itemsize(s.dtype)}") for s in manifest.storages]
         memory = [
             StorageMemory(a.__array_interface__["data"][0], a.size, s.dtype)
@@ -216,7 +265,8 @@ def run_programs(source: SourceManifest, sink: SinkManifest, options: PlanOption
             live = view(base, f"|V{size}", copy.dst_strides, copy.box.shape, size)
             tensor = source.tensors[by_name[copy.tensor]]
             values = trainer.whole[by_name[tensor.alias_of or tensor.name]]
-            part = whole_part(tensor, values, manifest.recipes[copy.tensor], copy.role)
+            amax = groups.get((rank_idx, copy.tensor))
+            part = expected_part(tensor, values, manifest.recipes[copy.tensor], copy.role, amax)
             expected = part[tuple(slice(o, e) for o, e in zip(copy.box.offset, copy.box.end, strict=True))]
             assert live.tobytes() == expected.tobytes()
 

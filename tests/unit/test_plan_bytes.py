@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standin_recipes import as_bytes, at, codes_of, expanded, group_amaxes, raise_amax, scales_of, whole_parts
 
 from wsync.plan import make_plan, plan_digest
+from wsync.plan.grids import grids_of, group_of, to_packed, to_weights
 from wsync.plan.types import ALIGNMENT, MODE_FUSED, MODE_SCALED, SOURCE, Plan
 from wsync.spec.box import Box, contiguous_strides
 from wsync.spec.cluster import Cluster, Link, Nic, NodeGroup
@@ -19,50 +21,19 @@ from wsync.testing.generators import Scenario, random_scenario
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def at(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))
+def plain(part, values: np.ndarray) -> np.ndarray:
+    """Wire bytes of a box without scales, of shape ``[*box.shape, elem_bytes]``."""
+    wide = values.astype(np.float64 if itemsize(part.dtype) == 8 else np.float32)
+    raw = np.ascontiguousarray(wide).reshape(-1).view(np.uint8).reshape(*values.shape, -1)
+    return raw[..., -itemsize(part.dtype) :]
 
 
-def blocks_of(box: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Scale row and column of every element of a matrix, by its global index."""
-    rows = np.arange(box.offset[-2], box.end[-2])[:, None] // 128
-    cols = np.arange(box.offset[-1], box.end[-1])[None, :] // 128
-    return np.broadcast_arrays(rows, cols)
-
-
-def block_amax(values: np.ndarray, box: Box, grid: np.ndarray) -> None:
-    """Raise every cell of ``grid`` to the largest magnitude of ``values`` (which lie at ``box``) in its block."""
-    rows, cols = blocks_of(box)
-    for i in np.ndindex(values.shape[:-2]):
-        cell = tuple(o + k for o, k in zip(box.offset, i, strict=False))
-        np.maximum.at(grid[cell], (rows, cols), np.abs(values[i]))
-
-
-def encode_box(part, values: np.ndarray, box: Box, scales: np.ndarray | None) -> np.ndarray:
-    """Wire bytes of a box, of shape ``[*box.shape, elem_bytes]``. A stand-in: what counts is who knows which amax."""
-    if part.recipe in ("raw", "bf16"):
-        wide = values.astype(np.float64 if itemsize(part.dtype) == 8 else np.float32)
-        raw = np.ascontiguousarray(wide).reshape(-1).view(np.uint8).reshape(*values.shape, -1)
-        return raw[..., -itemsize(part.dtype) :]
-    rows, cols = blocks_of(box)
-    index = np.ix_(*(range(o, e) for o, e in zip(box.offset[:-2], box.end[:-2], strict=True)))
-    scale = scales[index][..., rows, cols] if len(box.shape) > 2 else scales[rows, cols]
-    return np.round(values.astype(np.float64) / scale * 100 + 100).astype(np.uint8)[..., None]
-
-
-def whole_parts(tensor, values, recipe: str) -> dict[str, np.ndarray]:
+def expected_parts(tensor, values, recipe: str, group_amax) -> dict[str, np.ndarray]:
     """Every part of a tensor, quantised in one go."""
-    parts = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
-    wire = [type("P", (), {"recipe": recipe, "dtype": p.dtype}) for p in parts]
-    whole = Box.whole(tensor.shape)
-    if len(parts) == 1:
-        return {"weight": encode_box(wire[0], values, whole, None)}
-    grid = np.zeros(parts[1].shape, np.float32)
-    block_amax(values, whole, grid)
-    return {
-        "weight": encode_box(wire[0], values, whole, grid),
-        "scale": grid.view(np.uint8).reshape(*grid.shape, 4),
-    }
+    if get_recipe(recipe).quantised:
+        return whole_parts(tensor, values, recipe, group_amax)
+    (part,) = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
+    return {"weight": plain(part, values)}
 
 
 class Run:
@@ -84,58 +55,76 @@ class Run:
         self.entered = [[np.zeros(p.shape, np.int64) for p in plan.parts] for _ in hosts]
         self.tables: dict = {}
 
-    def shard(self, rank: int, part, shard_idx: int, box: Box) -> np.ndarray:
-        """Values of a box, through the shard that is said to hold it."""
+    def shard(self, rank: int, part, shard_idx: int, weights: Box) -> np.ndarray:
+        """Values of a box of weights, through the shard that is said to hold it."""
         held = self.scenario.source.shards[part.tensor_idx][rank][shard_idx]
-        assert held.contains(box)
-        return self.values[part.tensor_idx][at(box)]
+        assert held.contains(weights)
+        return self.values[part.tensor_idx][at(weights)]
 
-    def table(self, rank: int, part) -> np.ndarray:
-        key = (rank, part.tensor_idx, part.recipe)
-        if key not in self.tables:
-            tensor = self.scenario.source.tensors[part.tensor_idx]
-            grid = recipe_parts(tensor.name, tensor.shape, tensor.dtype, part.recipe)[1].shape
-            self.tables[key] = np.full(grid, np.nan, np.float32)
-        return self.tables[key]
+    def grids(self, part):
+        facts = get_recipe(part.recipe)
+        shape = self.scenario.source.tensors[part.tensor_idx].shape
+        return (grids_of(facts, shape) if facts.quantised else None), facts.packed
+
+    def table(self, rank: int, part, grid) -> np.ndarray:
+        """The scales of one level that a rank knows; NaN for the others."""
+        key = (rank, part.tensor_idx, part.recipe, part.group, grid.role)
+        return self.tables.setdefault(key, np.full(grid.shape, np.nan, np.float32))
 
     def exchange(self) -> None:
         plan = self.plan
-        vector = np.zeros(plan.amax_elements, np.float32)
-        for rank, regions in enumerate(plan.amax_regions):
-            for region in regions:
-                part = plan.parts[region.part_idx]
-                grid = self.grid_of(vector, region, rank, part)
-                block_amax(self.shard(rank, part, region.shard_idx, region.box), region.box, grid)
-        for rank, regions in enumerate(plan.amax_regions):
-            for region in regions:
-                part = plan.parts[region.part_idx]
-                touched = np.zeros(self.table(rank, part).shape, np.float32)
-                block_amax(np.ones(region.box.shape), region.box, touched)
-                table, grid = self.table(rank, part), self.grid_of(vector, region, rank, part)
-                table[touched > 0] = grid[touched > 0]
+        self.vector = np.zeros(plan.amax_elements, np.float32)
+        self.offsets: dict = {}
+        for rank, region, part, grid, packed in self.regions():
+            weights = to_weights(region.box, packed)
+            values = self.shard(rank, part, region.shard_idx, weights)
+            raise_amax(values, weights, grid, packed, self.grid_of(region.grid_offset, grid))
+        for rank, region, part, grid, packed in self.regions():
+            weights = to_weights(region.box, packed)
+            touched = np.zeros(grid.shape, np.float32)
+            raise_amax(np.ones(weights.shape), weights, grid, packed, touched)
+            self.table(rank, part, grid)[touched > 0] = self.grid_of(region.grid_offset, grid)[touched > 0]
+            assert self.offsets.setdefault((rank, region.part_idx), region.grid_offset) == region.grid_offset
 
-    def grid_of(self, vector, region, rank, part) -> np.ndarray:
-        shape = self.table(rank, part).shape
-        return vector[region.grid_offset : region.grid_offset + int(np.prod(shape))].reshape(shape)
+    def regions(self):
+        for rank, regions in enumerate(self.plan.amax_regions):
+            for region in regions:
+                part = self.plan.parts[region.part_idx]
+                grids, packed = self.grids(part)
+                yield rank, region, part, grids.shared, packed
+
+    def grid_of(self, offset: int, grid) -> np.ndarray:
+        return self.vector[offset : offset + int(np.prod(grid.shape))].reshape(grid.shape)
 
     def pack(self, bucket) -> list[np.ndarray]:
-        out = []
-        for piece in bucket.pieces:
-            part = self.plan.parts[piece.part_idx]
-            if part.role == "scale":
-                cells = self.table(bucket.src_rank, part)[at(piece.box)]
-                assert not np.isnan(cells).any(), f"{part.name}: the sender does not know the scales of {piece.box}"
-                out.append(np.ascontiguousarray(cells).view(np.uint8).reshape(*cells.shape, 4))
-                continue
-            values = self.shard(bucket.src_rank, part, piece.shard_idx, piece.box)
-            scales = self.table(bucket.src_rank, part) if get_recipe(part.recipe).quantised else None
+        return [self.pack_piece(bucket.src_rank, piece) for piece in bucket.pieces]
+
+    def pack_piece(self, rank: int, piece) -> np.ndarray:
+        part = self.plan.parts[piece.part_idx]
+        grids, packed = self.grids(part)
+        if part.role != "weight":
+            grid = next(g for g in grids.levels if g.role == part.role)
+            cells = self.table(rank, part, grid)[at(piece.box)]
+            assert not np.isnan(cells).any(), f"{part.name}: the sender does not know the scales of {piece.box}"
+            return as_bytes(cells, grid)
+        weights = to_weights(piece.box, packed)
+        values = self.shard(rank, part, piece.shard_idx, weights)
+        if grids is None:
+            return plain(part, values)
+        tensor_amax, scale = None, np.zeros((1,) * values.ndim)
+        if grids.always:
+            known = self.grid_of(self.offsets[rank, piece.part_idx], grids.shared)
+            tensor_amax = known[at(Box((*weights.offset[:-2], 0, 0), (*weights.shape[:-2], 1, 1)))]
+        if grids.packed is not None:
+            table = self.table(rank, part, grids.packed)
             if piece.mode == MODE_FUSED:
-                local = np.zeros(scales.shape, np.float32)
-                block_amax(values, piece.box, local)
-                scales[local > 0] = local[local > 0]
-                scales = local
-            out.append(encode_box(part, values, piece.box, scales))
-        return out
+                local = np.zeros(table.shape, np.float32)
+                raise_amax(values, weights, grids.packed, packed, local)
+                by = None if tensor_amax is None else self.grid_of(self.offsets[rank, piece.part_idx], grids.shared)
+                table[local > 0] = scales_of(part.recipe, local, by)[local > 0]
+            scale = expanded(table, weights, grids.packed, packed)
+            assert not np.isnan(scale).any()
+        return codes_of(part.recipe, values, scale, tensor_amax)[..., None]
 
     def deliver(self, bucket, wire: list[np.ndarray]) -> None:
         has = {SOURCE}
@@ -162,8 +151,15 @@ class Run:
         taken = 0
         for copy in rank.copies:
             same = (names[copy.tensor], rank.recipes[copy.tensor], copy.role) == (target, part.recipe, part.role)
-            if same and copy.box.contains(piece.box):
-                index = self.elements(copy, piece.box)
+            group = group_of(next((g for g in rank.scale_groups if copy.tensor in g), ()), names)
+            if not same or group != part.group:
+                continue
+            num_dims = len(copy.box.shape)
+            assert piece.box.shape[num_dims:] == (1,) * (len(piece.box.shape) - num_dims)
+            box = Box(piece.box.offset[:num_dims], piece.box.shape[:num_dims])
+            if copy.box.contains(box):
+                index = self.elements(copy, box)
+                data = data.reshape(*box.shape, -1)
                 self.memory[sink_idx][copy.storage_idx][index] = data
                 self.writes[sink_idx][copy.storage_idx][index] += 1
                 taken += 1
@@ -180,14 +176,16 @@ class Run:
 
     def check_memory(self) -> None:
         expected: dict = {}
+        groups = group_amaxes(self.scenario.source, self.scenario.sink.ranks, self.values)
         by_name = {t.name: i for i, t in enumerate(self.scenario.source.tensors)}
         for sink_idx, rank in enumerate(self.scenario.sink.ranks):
             for copy in rank.copies:
                 tensor = self.scenario.source.tensors[by_name[copy.tensor]]
                 idx = by_name[tensor.alias_of or tensor.name]
-                key = (idx, rank.recipes[copy.tensor])
+                amax = groups.get((sink_idx, copy.tensor))
+                key = (idx, rank.recipes[copy.tensor], None if amax is None else amax.tobytes())
                 if key not in expected:
-                    expected[key] = whole_parts(tensor, self.values[idx], key[1])
+                    expected[key] = expected_parts(tensor, self.values[idx], key[1], amax)
                 index = self.elements(copy, copy.box)
                 got = self.memory[sink_idx][copy.storage_idx][index]
                 np.testing.assert_array_equal(got, expected[key][copy.role][at(copy.box)])
@@ -201,9 +199,12 @@ class Run:
             for part, entered in zip(self.plan.parts, per_part, strict=True):
                 assert entered.max(initial=0) <= 1, f"{part.name} enters node {node} more than once"
                 if part.role == "weight":
+                    packed = get_recipe(part.recipe).packed
                     for rank, boxes in enumerate(self.scenario.source.shards[part.tensor_idx]):
                         for box in boxes if self.source_node[rank] == node else ():
-                            assert not entered[at(box)].any(), f"{part.name} enters node {node}, which holds it"
+                            assert not entered[at(to_packed(box, packed))].any(), (
+                                f"{part.name} enters node {node}, which holds it"
+                            )
 
 
 def run_plan(scenario: Scenario, seed: int = 0) -> tuple[Plan, Run]:
@@ -255,23 +256,24 @@ def test_buckets_keep_their_promises(seed):
             assert piece.offset % ALIGNMENT == 0
             assert piece.offset == -(-end // ALIGNMENT) * ALIGNMENT
             assert piece.nbytes == piece.box.num_elements * itemsize(part.dtype) > 0
-            assert (part.role == "scale") == (bucket.stage == 1)
+            assert (part.role != "weight") == (bucket.stage == 1)
             assert sum(n > 1 for n in piece.box.shape) <= 4
             end = piece.offset + piece.nbytes
-            check_mode(part, piece)
+            check_mode(part, piece, scenario.source.tensors[part.tensor_idx])
         assert bucket.used_bytes == -(-end // ALIGNMENT) * ALIGNMENT <= plan.bucket_bytes
 
 
-def check_mode(part, piece) -> None:
-    if part.role == "scale" or not get_recipe(part.recipe).quantised:
+def check_mode(part, piece, tensor) -> None:
+    facts = get_recipe(part.recipe)
+    if part.role != "weight" or not facts.quantised:
         return
     assert piece.mode in (MODE_FUSED, MODE_SCALED)
-    on_grid = all(
-        o % 128 == 0 and (e % 128 == 0 or e == n)
-        for o, e, n in zip(piece.box.offset[-2:], piece.box.end[-2:], part.shape[-2:], strict=True)
-    )
+    grids = grids_of(facts, tensor.shape)
     if piece.mode == MODE_FUSED:
-        assert on_grid
+        edges = zip(piece.box.offset[-2:], piece.box.end[-2:], part.shape[-2:], grids.packed.cell, strict=True)
+        assert all(o % step == 0 and (e % step == 0 or e == n) for o, e, n, step in edges)
+    if piece.mode == MODE_SCALED:
+        assert facts.group == 1
     if len(piece.box.shape) > 2 and contiguous_strides(piece.box.shape)[0] != piece.box.num_elements:
         assert piece.box.shape[-2] * piece.box.shape[-1] % ALIGNMENT == 0 or max(piece.box.shape[:-2]) == 1
 

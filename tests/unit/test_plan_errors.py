@@ -24,9 +24,12 @@ from wsync.spec import (
     SourceManifest,
     StorageSpec,
     TensorSpec,
+    contiguous_strides,
     default_cluster,
 )
 from wsync.spec.cluster import Cluster
+from wsync.spec.recipes import recipe_parts
+from wsync.spec.serde import FORMAT_VERSION
 
 HOST = RankInfo("h")
 W = TensorSpec("w", (8, 6), "bfloat16")
@@ -94,6 +97,98 @@ def test_a_scale_needs_all_of_its_block_even_where_the_weight_is_not_needed():
         make_plan(source(tensor, shards=gap), sink(scale, recipe="fp8_block128", dtype="float32"))
     other = msgspec.structs.replace(scale, box=Box((1, 0), (1, 1)))
     make_plan(source(tensor, shards=gap), sink(other, recipe="fp8_block128", dtype="float32"))
+
+
+def quantised(name: str, shape, recipe: str, *, box=None, roles=("weight",), groups=()) -> SinkManifest:
+    """One engine rank that takes parts of one tensor."""
+    parts = [p for p in recipe_parts(name, shape, "bfloat16", recipe) if p.role in roles]
+    storages = tuple(StorageSpec(p.name, p.dtype, 1 << 20) for p in parts)
+    copies = tuple(
+        CopySpec(name, p.role, box or Box.whole(p.shape), i, 0, contiguous_strides(p.shape))
+        for i, p in enumerate(parts)
+    )
+    rank = SinkRankManifest("engine-7", 3, 4, HOST, {name: recipe}, storages, copies, groups)
+    return SinkManifest((rank,))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "group", "cut", "inside"), [("mxfp8", 32, 40, "32 to 63"), ("nvfp4", 16, 24, "16 to 31")]
+)
+def test_an_edge_inside_a_group_of_columns_is_named_on_either_side(recipe, group, cut, inside):
+    tensor = TensorSpec("w", (8, 96), "bfloat16")
+    whole = quantised("w", (8, 96), recipe)
+    shards = (((Box((0, 0), (8, cut)),), (Box((0, cut), (8, 96 - cut)),)),)
+    says = (
+        f"{group} columns of 'w' together, but an edge of %s is at column {cut}, inside the group of columns {inside}"
+    )
+    with pytest.raises(RecipeError, match=says % "the shard of trainer rank 0"):
+        make_plan(source(tensor, shards=shards), whole)
+    packed = 2 if recipe == "nvfp4" else 1
+    part = quantised("w", (8, 96), recipe, box=Box((0, cut // packed), (8, (96 - cut) // packed)))
+    with pytest.raises(RecipeError, match=says % f"the box that {SINK} needs"):
+        make_plan(source(tensor), part)
+    with pytest.raises(RecipeError, match=rf"multiple of {group}, but 'v' has shape \(8, 88\)"):
+        recipe_parts("v", (8, 88), "bfloat16", recipe)
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "nvfp4"])
+def test_scales_that_packing_makes_are_not_sent_without_their_weights(recipe):
+    tensor = TensorSpec("w", (8, 96), "bfloat16")
+    lone = quantised("w", (8, 96), recipe, roles=("scale",))
+    with pytest.raises(ManifestError, match=rf"sink 0 needs 'w_scale' .*recipe '{recipe}' makes both together"):
+        make_plan(source(tensor), lone)
+    both = SinkManifest((*lone.ranks, *quantised("w", (8, 96), recipe).ranks))
+    assert make_plan(source(tensor), both).wire_bytes == 8 * 96 // (32 if recipe == "mxfp8" else 16) + (
+        8 * 96 // (1 if recipe == "mxfp8" else 2)
+    )
+
+
+def test_scale_groups_that_cannot_be_are_named():
+    tensors = (
+        TensorSpec("a", (8, 32), "bfloat16"),
+        TensorSpec("b", (4, 32), "bfloat16"),
+        TensorSpec("stack", (2, 8, 32), "bfloat16"),
+    )
+
+    def plan(recipe, *groups):
+        return make_plan(source(*tensors), quantised("a", (8, 32), recipe, groups=groups))
+
+    for error, args, says in [
+        (UnknownTensorError, ("fp8_tensor", ("a", "z")), "needs tensor 'z', which is not among the source's 3"),
+        (
+            ManifestError,
+            ("fp8_tensor", ("a", "b"), ("b", "stack")),
+            r"'b' in two scale groups: \['a', 'b'\] and \['b',",
+        ),
+        (ManifestError, ("fp8_channel", ("a", "b")), "'a' in a scale group, but recipe 'fp8_channel' has no scale of"),
+        (ShapeMismatchError, ("nvfp4", ("a", "stack")), r"'a' of shape \(8, 32\) and 'stack' of shape \(2, 8, 32\)"),
+    ]:
+        with pytest.raises(error, match=says) as e:
+            plan(*args)
+        assert SINK in str(e.value)
+    assert plan("fp8_tensor", ("b", "stack")).amax_elements == 1
+    together = plan("fp8_tensor", ("a", "b"))
+    assert (together.amax_elements, next(p.group for p in together.parts)) == (1, ("a", "b"))
+    assert {together.parts[r.part_idx].name for r in together.amax_regions[0]} == {"a", "b"}
+
+
+def test_a_tensor_that_only_lends_its_amax_must_be_there():
+    tensors = (TensorSpec("a", (8, 32), "bfloat16"), TensorSpec("b", (4, 32), "bfloat16"))
+    gap = (((Box.whole((8, 32)),),), ((Box((0, 0), (3, 32)),),))
+    with pytest.raises(
+        MissingTensorError, match=r"'b' shares its amax with a, b, but .* offset \(3, 0\) of shape \(1, 32\)"
+    ):
+        make_plan(source(*tensors, shards=gap), quantised("a", (8, 32), "fp8_tensor", groups=(("a", "b"),)))
+
+
+def test_sinks_that_group_differently_get_encodings_of_their_own():
+    tensors = (TensorSpec("a", (8, 32), "bfloat16"), TensorSpec("b", (4, 32), "bfloat16"))
+    one = quantised("a", (8, 32), "nvfp4", groups=(("a", "b"),)).ranks
+    two = msgspec.structs.replace(quantised("a", (8, 32), "nvfp4").ranks[0], replica="engine-8")
+    plan = make_plan(source(*tensors), SinkManifest((*one, two, *one)))
+    taken = {(plan.parts[p.part_idx].group, b.sinks) for b in plan.buckets for p in b.pieces}
+    assert taken == {(("a", "b"), (0, 2)), ((), (1,))}
+    assert plan.amax_elements == 2
 
 
 def test_a_recipe_that_cannot_encode_the_tensor_names_it():
@@ -177,7 +272,7 @@ def test_a_cluster_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="host 'h'"):
         make_plan(source(), sink(), default_cluster(["elsewhere"]))
     with pytest.raises(FormatVersionError):
-        make_plan(source(), sink(), msgspec.structs.replace(default_cluster(["h"]), format_version=2))
+        make_plan(source(), sink(), msgspec.structs.replace(default_cluster(["h"]), format_version=FORMAT_VERSION + 1))
     lonely = Cluster((NodeGroup("g", 2, 10.0, hosts=("h", "far")),))
     far = SinkManifest((msgspec.structs.replace(sink().ranks[0], info=RankInfo("far")),))
     with pytest.raises(ConfigError, match=r"96 bytes must cross the edge of node 'far'.*0 nics"):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from program_checks import HOST, M64, Trainer, check_duplicates, pack_all, run_unpack, view, whole_part, word_digest
+from program_checks import (
+    HOST,
+    M64,
+    Trainer,
+    amaxes_of,
+    check_duplicates,
+    expected_part,
+    pack_all,
+    run_unpack,
+    view,
+    word_digest,
+)
 
 from wsync.errors import ManifestError
 from wsync.plan import make_plan, sink_slices, source_slices
@@ -34,6 +45,7 @@ def check_fill(program, fill, wire, expected) -> None:
 def check_copies(source, trainer, manifest, memory, storage_idxs) -> None:
     """What lies in these storages is what the copies say, taken from the trainer's whole tensors."""
     by_name = {t.name: i for i, t in enumerate(source.tensors)}
+    groups = amaxes_of(source, [manifest], trainer)
     for copy in manifest.copies:
         if copy.storage_idx not in storage_idxs:
             continue
@@ -42,7 +54,8 @@ def check_copies(source, trainer, manifest, memory, storage_idxs) -> None:
         live = view(base, f"|V{size}", copy.dst_strides, copy.box.shape, size)
         tensor = source.tensors[by_name[copy.tensor]]
         values = trainer.whole[by_name[tensor.alias_of or tensor.name]]
-        part = whole_part(tensor, values, manifest.recipes[copy.tensor], copy.role)
+        amax = groups.get((0, copy.tensor))
+        part = expected_part(tensor, values, manifest.recipes[copy.tensor], copy.role, amax)
         box = tuple(slice(o, e) for o, e in zip(copy.box.offset, copy.box.end, strict=True))
         assert live.tobytes() == part[box].tobytes()
 

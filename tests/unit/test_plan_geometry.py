@@ -101,7 +101,7 @@ def test_cuts_fill_the_room_and_lose_nothing(box, room, step):
     capacity = 300
     if box.num_elements * 2 <= room:
         return
-    cut = cut_leading(box, 2, room, capacity, step)
+    cut = cut_leading(box, 2, room, capacity, (step, step))
     if cut is None:
         assert room < capacity
         return

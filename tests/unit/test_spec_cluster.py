@@ -19,6 +19,7 @@ from wsync.spec import (
     encode_cluster,
     load_cluster,
 )
+from wsync.spec.serde import FORMAT_VERSION
 
 GPU_NODE = NodeGroup(
     name="trainers",
@@ -42,7 +43,7 @@ def test_a_cluster_survives_its_file(tmp_path):
     path = tmp_path / "cluster.json"
     dump_cluster(FULL, path)
     assert load_cluster(path) == FULL
-    assert b'"format_version": 1' in path.read_bytes()
+    assert b'"format_version": %d' % FORMAT_VERSION in path.read_bytes()
 
 
 def test_rates_follow_from_the_parts():
@@ -89,8 +90,8 @@ def test_every_proper_prefix_of_a_file_is_refused():
 
 
 def test_a_newer_file_reads_as_newer_even_with_unknown_fields():
-    data = encode_cluster(FULL).replace(b'"format_version": 1', b'"format_version": 7, "flux": 1')
-    with pytest.raises(FormatVersionError, match="format version 7, this wsync reads version 1"):
+    data = encode_cluster(FULL).replace(b'"format_version": %d' % FORMAT_VERSION, b'"format_version": 7, "flux": 1')
+    with pytest.raises(FormatVersionError, match=f"format version 7, this wsync reads version {FORMAT_VERSION}"):
         decode_cluster(data)
 
 

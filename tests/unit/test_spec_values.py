@@ -1,5 +1,7 @@
 """Boxes, dtypes, recipes, manifests and their encoding."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +17,10 @@ from wsync.errors import (
     error_from_wire,
 )
 from wsync.spec import (
+    FORMAT_VERSION,
     ITEMSIZE,
+    RECIPES,
+    WHOLE,
     Box,
     RankInfo,
     SourceManifest,
@@ -79,10 +84,69 @@ def test_parts_carry_the_engines_names_and_the_grid_of_the_whole_tensor():
     assert scale_grid((128, 256), (128, 128)) == (1, 2)
 
 
-@pytest.mark.parametrize(("dtype", "recipe", "shape"), [("int64", "bf16", (4,)), ("bfloat16", "fp8_block128", (4,))])
+@pytest.mark.parametrize(
+    ("recipe", "shape", "expected"),
+    [
+        ("fp8_channel", (5, 7), {"": ("float8_e4m3fn", (5, 7)), "_scale": ("float32", (5, 1))}),
+        ("fp8_channel", (2, 5, 7), {"": ("float8_e4m3fn", (2, 5, 7)), "_scale": ("float32", (2, 5, 1))}),
+        ("fp8_tensor", (5, 7), {"": ("float8_e4m3fn", (5, 7)), "_scale": ("float32", ())}),
+        ("fp8_tensor", (2, 3, 5, 7), {"": ("float8_e4m3fn", (2, 3, 5, 7)), "_scale": ("float32", (2, 3))}),
+        ("mxfp8", (3, 5, 64), {"": ("float8_e4m3fn", (3, 5, 64)), "_scale": ("uint8", (3, 5, 2))}),
+        (
+            "nvfp4",
+            (5, 48),
+            {"": ("uint8", (5, 24)), "_scale": ("float8_e4m3fn", (5, 3)), "_scale_2": ("float32", (1,))},
+        ),
+        (
+            "nvfp4",
+            (2, 5, 48),
+            {"": ("uint8", (2, 5, 24)), "_scale": ("float8_e4m3fn", (2, 5, 3)), "_scale_2": ("float32", (2, 1))},
+        ),
+    ],
+)
+def test_every_recipe_declares_the_parts_of_the_engines_checkpoints(recipe, shape, expected):
+    parts = recipe_parts("a.weight", shape, "bfloat16", recipe)
+    assert {p.name.removeprefix("a.weight"): (p.dtype, p.shape) for p in parts} == expected
+    facts = get_recipe(recipe)
+    assert [facts.suffix(p.role) for p in parts] == list(expected)
+
+
+def test_a_block_of_whole_rows_or_of_the_whole_matrix_follows_the_shape():
+    found = {(r, lv.role): lv.cell((4, 200, 96)) for r, facts in RECIPES.items() for lv in facts.levels}
+    assert found == {
+        ("fp8_block128", "scale"): (128, 128),
+        ("fp8_block128_f32", "scale"): (128, 128),
+        ("fp8_channel", "scale"): (1, 96),
+        ("fp8_tensor", "scale"): (200, 96),
+        ("mxfp8", "scale"): (1, 32),
+        ("nvfp4", "scale"): (1, 16),
+        ("nvfp4", "scale_2"): (200, 96),
+    }
+    assert [r for r, facts in RECIPES.items() if facts.needs_amax] == ["fp8_tensor", "nvfp4"]
+    assert get_recipe("nvfp4").amax_block == (WHOLE, WHOLE)
+    assert get_recipe("bf16").amax_block == get_recipe("bf16").block == (1, 1)
+    with pytest.raises(RecipeError, match=r"'mxfp8'.*'scale_2'.*scale"):
+        get_recipe("mxfp8").level("scale_2")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recipe", "shape"),
+    [
+        ("int64", "bf16", (4,)),
+        ("bfloat16", "fp8_block128", (4,)),
+        ("bfloat16", "fp8_tensor", (4,)),
+        ("float64", "nvfp4", (4, 16)),
+    ],
+)
 def test_a_recipe_refuses_what_it_cannot_encode(dtype, recipe, shape):
     with pytest.raises(RecipeError, match="'w'"):
         recipe_parts("w", shape, dtype, recipe)
+
+
+@pytest.mark.parametrize(("recipe", "group", "shape"), [("mxfp8", 32, (4, 48)), ("nvfp4", 16, (2, 4, 24))])
+def test_a_last_dimension_that_cuts_a_group_is_refused_with_both_values(recipe, group, shape):
+    with pytest.raises(RecipeError, match=rf"multiple of {group}, but 'w' has shape {re.escape(str(shape))}"):
+        recipe_parts("w", shape, "bfloat16", recipe)
 
 
 ONE_TENSOR = (TensorSpec("w", (4,), "float32"),)
@@ -150,7 +214,7 @@ def test_text_that_is_not_utf8_is_refused_as_a_message_that_does_not_decode():
     data = encode(RankInfo("here"))
     bad = data.replace(b"here", b"\xff\xfe\xfd\xfc")
     assert bad != data
-    with pytest.raises(WireError, match=f"{len(bad)} bytes do not decode as RankInfo.*utf-8"):
+    with pytest.raises(WireError, match=f"{len(bad)} bytes do not decode as RankInfo.*(?i:utf-?8)"):
         decode(bad, RankInfo)
 
 
@@ -171,7 +235,7 @@ def test_encoding_is_strict():
             decode(bad, SourceManifest)
     with pytest.raises(WireError, match="over the limit of 8"):
         decode(data, SourceManifest, max_bytes=8)
-    with pytest.raises(FormatVersionError, match=r"version 9.*version 1"):
+    with pytest.raises(FormatVersionError, match=rf"version 9.*version {FORMAT_VERSION}"):
         check_format(9, "the file")
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn, no_grad
+from torch import no_grad
 
 from wsync.adapters.engines.events import LiveConstant
-from wsync.adapters.engines.recorder import Recording, record_loader
-from wsync.adapters.engines.verify import verify_recording
+from wsync.adapters.engines.recorder import Recording
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
-from wsync.api.live import LoadWeights, live_tensors, load_by_name
-from wsync.errors import ConfigError, DeadlineError, MissingTensorError, StateError, UnknownTensorError, WsyncError
+from wsync.api.engine import EngineSide, Layouts, Recipes, ScaleGroups, Transforms
+from wsync.api.live import LoadWeights, live_tensors
+from wsync.errors import ConfigError, DeadlineError, StateError, WsyncError
 from wsync.session.auth import derive_keys, load_secret
 from wsync.session.channel import PEER_TIMEOUT_S, Channel
 from wsync.session.clock import deadline_after, local_info
@@ -35,8 +35,6 @@ _WATCH_S = 0.02
 """How often a ticket that waits for its commit is looked after: the trainer may give its version up."""
 _CLOSE_S = 5.0
 
-Recipes = Mapping[str, str] | Callable[[TensorSpec], str]
-
 
 class Sink:
     """One engine rank's live memory. The call returns when the trainer knows what this rank needs.
@@ -53,7 +51,15 @@ class Sink:
         rank, world_size: within the replica.
         mode: ``"staged"``.
         recipes: recipe of each tensor: a dict by checkpoint name, or a function of `TensorSpec`; None asks the
-            engine's ``recipe_for`` where it has one, and otherwise copies.
+            engine's ``recipe_for`` where it has one, and otherwise the trainer's ``recipe``, or copies.
+        scale_groups: checkpoint names of tensors that share one scale of the whole tensor (``fp8_tensor``, ``nvfp4``),
+            such as those of q, k and v: their amax is taken over all of them. None groups the tensors whose weights the
+            engine fuses into one matrix.
+        transforms: what the commit makes of a tensor's parts, by checkpoint name, or a function of `TensorSpec`:
+            ``"dequantise"`` for an engine that holds (and loads) floats where ``recipes`` has a quantised wire,
+            ``"requantise_e8m0"`` for one that requantises 128 x 128 blocks to power-of-two scales when it loads.
+        layouts: for live tensors that the loader fills in plain form and the engine's kernels read in another: by name
+            a `wsync.plan.layouts.Layout` and the memory that the commit writes. The plain tensor is scratch memory.
         allow_missing: live tensors that the loader does not fill on purpose.
         num_threads: of the verify and install kernels; None divides this process's cores among the replica's ranks.
         join_deadline_s: seconds to wait for the trainer.
@@ -82,6 +88,9 @@ class Sink:
         world_size: int = 1,
         mode: str = "staged",
         recipes: Recipes | None = None,
+        scale_groups: ScaleGroups | None = None,
+        transforms: Transforms | None = None,
+        layouts: Layouts | None = None,
         allow_missing: Iterable[str] = (),
         num_threads: int | None = None,
         join_deadline_s: float = 60.0,
@@ -94,15 +103,8 @@ class Sink:
             raise ConfigError(f"replica must be a name without '/', got {replica!r}")
         self.replica = replica
         self.rank, self.world_size = rank_and_world(rank, world_size)
-        tensors = live_tensors(engine_model)
-        self._engine = engine_model
-        self._records_itself = hasattr(engine_model, "live_tensors") and hasattr(engine_model, "record")
-        if self._records_itself and load_weights is not None:
-            raise ConfigError(f"{type(engine_model).__name__}.record() and load_weights are given: one loader, please")
-        self._load_weights = load_weights or load_by_name(tensors)
-        self._tensors = tensors
-        self._recipes = recipes if recipes is not None else getattr(engine_model, "recipe_for", None)
-        self._allow_missing = tuple(allow_missing)
+        self._engine = EngineSide(engine_model, load_weights, recipes, scale_groups, transforms, layouts, allow_missing)
+        self._num_threads = share_of_cores(num_threads, self.world_size)
         self._info = local_info()
         self._recording: Recording | None = None
         self._constants: dict[int, list[LiveConstant]] = {}
@@ -123,7 +125,7 @@ class Sink:
                 rank=self.rank,
                 world_size=self.world_size,
                 info=self._info,
-                num_threads=share_of_cores(num_threads, self.world_size),
+                num_threads=self._num_threads,
                 join_deadline_s=join_deadline_s,
                 write_constants=self._write_constants,
             )
@@ -133,44 +135,13 @@ class Sink:
         close_at_exit(self)
 
     def _describe(self, tensors: tuple[TensorSpec, ...]) -> tuple[SinkRankManifest, list[StorageMemory], LastSteps]:
-        if isinstance(self._recipes, Mapping):
-            unknown = sorted(set(self._recipes) - {t.name for t in tensors})
-            if unknown:
-                raise UnknownTensorError(
-                    f"recipes names {unknown[0]!r}, which is no tensor of the trainer's {len(tensors)}"
-                )
-        if self._records_itself:
-            recorded = self._engine.record(tensors, self._recipes or {}, self._allow_missing)
-            recording, steps = recorded.recording, recorded.last_steps
-        else:
-            recording = self._record(tensors)
-            steps = recording.last_steps()
+        recording, steps = self._engine.record(tensors, self._num_threads)
         self._recording = recording
         self._constants = {}
         for constant in recording.constants:
             self._constants.setdefault(constant.storage_idx, []).append(constant)
-        return recording.manifest(self.replica, self.rank, self.world_size, self._info), recording.memory, steps
-
-    def _record(self, tensors: tuple[TensorSpec, ...]) -> Recording:
-        module = self._engine if isinstance(self._engine, nn.Module) else None
-        recording = record_loader(
-            self._load_weights,
-            tensors,
-            self._tensors,
-            self._recipes or {},
-            allow_missing=self._allow_missing,
-            module=module,
-        )
-        if recording.needs_verification:
-            verify_recording(recording, self._load_weights, tensors)
-        forgotten = sorted(set(recording.coverage.not_loaded) - set(self._allow_missing))
-        if forgotten:
-            raise MissingTensorError(
-                f"the engine has {', '.join(map(repr, forgotten[:5]))}, which no tensor of the trainer fills "
-                f"({len(forgotten)} of {len(self._tensors)} live tensors)",
-                hint="load the same model on both sides, or name them in allow_missing",
-            )
-        return recording
+        manifest = recording.manifest(self.replica, self.rank, self.world_size, self._info)
+        return self._engine.with_groups(manifest, recording), recording.memory, steps
 
     @no_grad()
     def _write_constants(self, storage_idxs: frozenset[int] | None) -> None:
@@ -266,7 +237,7 @@ class Sink:
         """The engine's tensors must still be those that were recorded: a replaced one would never be written again."""
         try:
             if self._recording is not None:
-                self._recording.check_addresses(live_tensors(self._engine))
+                self._recording.check_addresses(live_tensors(self._engine.engine))
         except StateError as e:
             self._session.reject(ticket, e)
             raise

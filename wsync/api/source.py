@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wsync.adapters.trainers import describe
+from wsync.adapters.trainers.declared import Declared
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores, whole_number
 from wsync.errors import ConfigError, StateError
 from wsync.plan.types import PlanOptions
@@ -41,6 +42,8 @@ class Source:
         transport: ``"auto"`` (shared memory where all ranks share one, else gloo),
             ``"shm"``, ``"gloo"`` or ``"loopback"``.
         name_map: from the model's name of a tensor to its checkpoint name.
+        recipe: for engines that declare no recipes of their own: one for every float parameter of two or more
+            dimensions, or a dict by checkpoint name, or a function of `TensorSpec` (None for the default).
         cluster: rates of the machines, for the plan; None assumes equal nodes.
         options: of the planner.
         num_threads: of the pack kernels; None divides this process's cores among the trainer ranks of this host.
@@ -73,6 +76,7 @@ class Source:
         world_size: int | None = None,
         transport: str = "auto",
         name_map: Callable[[str], str] | None = None,
+        recipe: Declared | None = None,
         cluster: Cluster | None = None,
         options: PlanOptions | None = None,
         num_threads: int | None = None,
@@ -96,7 +100,12 @@ class Source:
             raise ConfigError(f"store {store!r} has port 0, which works for 1 trainer rank only, not {self.world_size}")
         info = local_info()
         self._description = describe(
-            model_or_tensors, rank=self.rank, world_size=self.world_size, info=info, name_map=name_map
+            model_or_tensors,
+            rank=self.rank,
+            world_size=self.world_size,
+            info=info,
+            name_map=name_map,
+            recipe=recipe,
         )
         self._coordinator: Coordinator | None = None
         self._channel: Channel | None = None

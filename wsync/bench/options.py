@@ -10,7 +10,7 @@ import msgspec
 from wsync.errors import ConfigError
 
 RECIPES = ("bf16", "fp8_block128", "fp8_block128_f32")
-"""Recipes that have rows, in the order of the table."""
+"""Recipes that have rows, in the order of the table: those in which the benchmark's engine can hold its weights."""
 
 WSYNC = "wsync"
 BASELINES: dict[str, str] = {

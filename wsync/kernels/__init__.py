@@ -1,8 +1,9 @@
-"""CPU kernels behind descriptors: pack and quantise, amax and scales, unpack, digests.
+"""CPU kernels behind descriptors: pack and quantise, amax and scales, unpack, transforms, digests.
 
 Every operation takes raw addresses, releases the GIL, may be called from several threads on disjoint memory, and gives
 the same bits for every ``num_threads`` (0: all processors of the process; the caller's thread works too) and every
-``isa`` (``"auto"``: the widest, or what the environment variable ``WSYNC_ISA`` says; ``"avx2"``; ``"scalar"``).
+``isa`` (``"auto"``: the widest, or what the environment variable ``WSYNC_ISA`` says; ``"avx512"``; ``"avx2"``;
+``"scalar"``).
 
 Memory that a descriptor names must stay valid and, where it is read, unchanged for the whole call: the kernels check
 descriptors, not addresses.
@@ -15,12 +16,14 @@ from wsync.kernels.ops import (
     best_isa,
     digest,
     installed_digest,
+    isas,
     memcpy,
     mismatched_duplicate,
     num_processors,
     pack,
     padding_digest,
     scales_from_amax,
+    transform,
     unpack,
     zero_digest,
 )
@@ -38,6 +41,7 @@ __all__ = [
     "dequantize",
     "digest",
     "installed_digest",
+    "isas",
     "memcpy",
     "mismatched_duplicate",
     "num_processors",
@@ -45,6 +49,7 @@ __all__ = [
     "padding_digest",
     "quantize",
     "scales_from_amax",
+    "transform",
     "unpack",
     "zero_digest",
 ]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from wsync.errors import ConfigError
 from wsync.native import load_extension
-from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, UNPACK_DESC
+from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, TRANSFORM_DESC, UNPACK_DESC
 from wsync.plan.sink_program import Fill
 
 _C = load_extension()
@@ -47,7 +47,8 @@ def pack(descs: Descriptors, dst_base: int, num_threads: int = 0, *, isa: str = 
     Args:
         descs: vector of `PACK_DESC`. All operations refuse values that are NaN or infinite (``OP_COPY`` only where
             ``src_dtype`` is a float's), the others also those that become infinite when they are rounded to bf16. The
-            fp8 operations read (``OP_FP8_SCALED``) or write (the others) the f32 scales at ``scales``.
+            scaled operations read the scales at ``scales`` (``OP_FP8_SCALED``, ``OP_FP8_CHANNEL_SCALED``) or write them
+            (the others, but for ``OP_FP8_TENSOR``, which has none); ``OP_FP8_TENSOR`` and ``OP_NVFP4`` read ``amax``.
         dst_base: address of the bucket. Bytes between pieces are not touched: the caller zeroes them once.
         num_threads: see the package.
         isa: see the package.
@@ -60,10 +61,12 @@ def pack(descs: Descriptors, dst_base: int, num_threads: int = 0, *, isa: str = 
 
 
 def amax(descs: Descriptors, num_threads: int = 0, *, isa: str = "auto") -> tuple[int, int] | None:
-    """Raise each amax cell to the largest magnitude of its scale block's part in the box, f32 rounded to bf16 first.
+    """Raise each amax cell to the largest magnitude of its scale block's part in the box, ``SRC_F32`` rounded first.
 
     Args:
-        descs: vector of `AMAX_DESC`. Cells (f32, not negative, zeroed by the caller) may be shared by descriptors.
+        descs: vector of `AMAX_DESC`. Cells (f32, not negative, zeroed by the caller) may be shared by descriptors: one
+            for each 128 x 128 block, for each row (``OP_FP8_CHANNEL``) or for the box (``OP_FP8_TENSOR``,
+            ``OP_NVFP4``).
         num_threads: see the package.
         isa: see the package.
 
@@ -87,11 +90,11 @@ def scales_from_amax(descs: Descriptors) -> None:
 
 
 def unpack(descs: Descriptors, src_base: int, num_threads: int = 0, *, isa: str = "auto") -> int:
-    """Scatter every box of the bucket at ``src_base`` into engine memory.
+    """Scatter every box of the bucket at ``src_base`` into engine memory: copied, filled, or as exponents of scales.
 
     Returns:
-        The digest of the words written, taken as they are read. A descriptor whose ``wire_word`` is ``2**64 - 1`` is
-        copied and not counted: a second destination of the same piece.
+        The digest of the words written, in packed order of the boxes, taken as they are read. A descriptor whose
+        ``wire_word`` is ``2**64 - 1`` is copied and not counted: a second destination of the same piece.
 
     Raises:
         ConfigError: a descriptor is malformed; nothing was written.
@@ -108,6 +111,25 @@ def installed_digest(descs: Descriptors, num_threads: int = 0, *, isa: str = "au
     """
     digest_: int = _C.installed_digest(_checked(descs, UNPACK_DESC, "UNPACK_DESC"), num_threads, isa)
     return digest_
+
+
+def transform(descs: Descriptors, num_threads: int = 0, *, isa: str = "auto") -> tuple[int, int] | None:
+    """Decode every matrix of staged codes and scales, and write it as floats or requantised to engine memory.
+
+    Args:
+        descs: vector of `TRANSFORM_DESC`. A requantisation may write over its own codes and scales.
+        num_threads: see the package.
+        isa: see the package.
+
+    Returns:
+        ``(piece_idx, packed index in its matrix)`` of the first decoded weight of a requantisation that is not finite
+        (its destination is unspecified then), or None. Dequantised values are written as they are.
+
+    Raises:
+        ConfigError: a descriptor is malformed; nothing was written.
+    """
+    bad: tuple[int, int] | None = _C.transform(_checked(descs, TRANSFORM_DESC, "TRANSFORM_DESC"), num_threads, isa)
+    return bad
 
 
 def mismatched_duplicate(fill: Fill, bucket_pos: int, num_threads: int = 0, *, isa: str = "auto") -> int | None:
@@ -192,6 +214,11 @@ def best_isa() -> str:
     """The instruction set that ``isa="auto"`` means on this machine, now."""
     name: str = _C.best_isa()
     return name
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine has, the widest last."""
+    return tuple(_C.isas())
 
 
 def num_processors() -> int:

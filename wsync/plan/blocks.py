@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from wsync.errors import ConfigError, MissingTensorError
-from wsync.plan.demand import Claim, Demand
+from wsync.errors import ConfigError, ManifestError, MissingTensorError
+from wsync.plan.demand import Claim, Demand, check_column
 from wsync.plan.geometry import (
     bits,
     cut_leading,
@@ -22,6 +22,7 @@ from wsync.plan.geometry import (
     touched_cells,
     weights_of_cells,
 )
+from wsync.plan.grids import Grid, Grids, grids_of, to_packed
 from wsync.plan.nodes import Nodes
 from wsync.plan.types import ALIGNMENT, MODE_COPY, MODE_FUSED, MODE_SCALED
 from wsync.spec.box import Box
@@ -31,6 +32,9 @@ from wsync.spec.recipes import PartSpec, get_recipe
 
 NUM_DIMS = 4
 """Dimensions of more than one element that a piece may have: those of a descriptor."""
+
+_ANYWHERE = (1, 1)
+"""The step of a unit that may be cut between any two elements."""
 
 Holder = tuple[int, int]
 """A trainer rank and which of its boxes of the tensor."""
@@ -49,26 +53,31 @@ class Unit:
     """A block, or a part of one: what a sender is chosen for.
 
     Attributes:
-        stage: 0 for weights, 1 for scales.
+        part: which of the tensor's parts, the weight being the first.
         box: in the part's coordinates.
         mode: MODE_COPY, MODE_FUSED or MODE_SCALED.
         elem_bytes: of one element on the wire.
         nbytes: on the wire.
-        step: cuts in the last two dimensions fall on multiples of it.
+        step: cuts in the last two dimensions (rows, columns) fall on multiples of these.
         holders: every rank that could send it.
         routes: who needs it.
         follows: index of the fused weight unit whose sender has this scale, or -1 if every holder has it.
     """
 
-    stage: int
+    part: int
     box: Box
     mode: int
     elem_bytes: int
     nbytes: int
-    step: int
+    step: tuple[int, int]
     holders: tuple[Holder, ...]
     routes: tuple[Route, ...]
     follows: int = -1
+
+    @property
+    def stage(self) -> int:
+        """0 for weights, 1 for scales."""
+        return min(self.part, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +86,8 @@ class TensorClass:
 
     Attributes:
         units: weights first, then scales.
-        amax: (rank, shard index, box of the weight) with scale blocks that an edge cuts.
-        grid_elements: scales of one tensor if any of its blocks is cut, else 0.
+        amax: (rank, shard index, box of the weight) whose amaxes are exchanged.
+        grid_elements: amaxes of one tensor if any is exchanged, else 0.
         members: the demands of this class, in order of tensor.
     """
 
@@ -93,12 +102,12 @@ def find_classes(source: SourceManifest, demands: list[Demand], nodes: Nodes, bu
 
     Raises:
         MissingTensorError: elements that a sink needs, or that a needed scale describes, are on no trainer rank.
+        RecipeError: an edge of a shard is inside a group of columns that the recipe encodes together.
+        ManifestError: a scale is needed that only the packing of its weight makes, and nobody takes the weight.
         ConfigError: a bucket is too small for one scale block.
     """
     classes: dict[object, TensorClass] = {}
     for demand in demands:
-        if not any(demand.claims):
-            continue
         tensor = source.tensors[demand.tensor_idx]
         shards = source.shards[demand.tensor_idx]
         claims = tuple(tuple(c) for c in demand.claims)
@@ -126,36 +135,53 @@ class _Intersection:
         self.nodes = nodes
         self.bucket_bytes = bucket_bytes
         self.recipe = get_recipe(demand.recipe)
+        self.grids = grids_of(self.recipe, tensor.shape) if self.recipe.quantised else Grids((), None, None, False)
+        self.weight_shape = self.recipe.weight_shape(tensor.shape)
         self.holders: dict[Box, list[Holder]] = {}
         for rank, boxes in enumerate(shards):
             for shard_idx, box in enumerate(boxes):
                 if box.num_elements:
-                    self.holders.setdefault(box, []).append((rank, shard_idx))
+                    self._check_columns(rank, box)
+                    self.holders.setdefault(to_packed(box, self.recipe.packed), []).append((rank, shard_idx))
+
+    def _check_columns(self, rank: int, box: Box) -> None:
+        if self.recipe.group > 1:
+            for col in (box.offset[-1], box.end[-1]):
+                check_column(col, self.tensor.name, self.recipe.name, f"the shard of trainer rank {rank}")
 
     def tensor_class(self) -> TensorClass:
-        weight = self.demand.parts[0]
-        units = self._weight_units(weight, self.demand.claims[0])
+        units = self._weight_units(self.demand.parts[0], self.demand.claims[0])
         if not self.recipe.quantised:
             return TensorClass(tuple(units), (), 0, [])
-        block_bytes = self.recipe.block[0] * self.recipe.block[1] * itemsize(weight.dtype)
+        self._check_bucket()
+        amax = self._amax(units)
+        shared = self.grids.shared
+        weights = tuple(units)
+        for part_idx, grid in enumerate(self.grids.levels, start=1):
+            units += self._scale_units(weights, part_idx, grid)
+        return TensorClass(tuple(units), tuple(amax), math.prod(shared.shape) if shared and amax else 0, [])
+
+    def _check_bucket(self) -> None:
+        """A scale block that is packed in one pass must fit into a bucket."""
+        if self.grids.packed is None:
+            return
+        weight = self.demand.parts[0]
+        block_bytes = math.prod(self.grids.packed.cell) * itemsize(weight.dtype)
         if self.bucket_bytes < block_bytes:
             raise ConfigError(
                 f"bucket_bytes is {self.bucket_bytes}, but one scale block of {weight.name!r} has {block_bytes}"
             )
-        amax = self._amax(units, self.demand.claims[1])
-        grid = math.prod(self.demand.parts[1].shape) if amax else 0
-        units += self._scale_units(units, self.demand.parts[1], self.demand.claims[1])
-        return TensorClass(tuple(units), tuple(amax), grid, [])
 
     def _weight_units(self, part: PartSpec, claims: list[Claim]) -> list[Unit]:
         units: list[Unit] = []
         elem_bytes = itemsize(part.dtype)
+        grid = self.grids.packed
         for box, holders, sinks, _ in self._blocks(part, claims, list(self.holders.items()), []):
-            pieces = [(box, MODE_COPY)]
-            if self.recipe.quantised:
-                pieces = split_modes(box, part.shape, self.recipe.block)
+            pieces = [(box, MODE_SCALED if self.recipe.quantised else MODE_COPY)]
+            if grid is not None:
+                pieces = split_modes(box, part.shape, grid.cell)
             for piece, mode in pieces:
-                step = self.recipe.block[0] if mode == MODE_FUSED else 1
+                step = grid.cell if grid is not None and mode == MODE_FUSED else _ANYWHERE
                 units += self._units(piece, mode, 0, elem_bytes, step, holders, sinks)
         return units
 
@@ -196,9 +222,9 @@ class _Intersection:
         self,
         box: Box,
         mode: int,
-        stage: int,
+        part_idx: int,
         elem_bytes: int,
-        step: int,
+        step: tuple[int, int],
         holders: tuple[Holder, ...],
         sinks: tuple[int, ...],
         follows: int = -1,
@@ -210,7 +236,7 @@ class _Intersection:
         for part in _describable(box, mode, elem_bytes):
             for piece in _halved(part, elem_bytes, step, capacity):
                 nbytes = piece.num_elements * elem_bytes
-                out.append(Unit(stage, piece, mode, elem_bytes, nbytes, step, holders, routes, follows))
+                out.append(Unit(part_idx, piece, mode, elem_bytes, nbytes, step, holders, routes, follows))
         return out
 
     def _routes(self, holders: tuple[Holder, ...], sinks: tuple[int, ...]) -> tuple[Route, ...]:
@@ -229,42 +255,70 @@ class _Intersection:
             Route(holders if node < 0 else tuple(local[node]), tuple(group)) for node, group in sorted(by_node.items())
         )
 
-    def _amax(self, units: list[Unit], claims: list[Claim]) -> list[tuple[int, int, Box]]:
-        """The parts of shards whose scale blocks no single unit has as a whole."""
-        shape, block = self.tensor.shape, self.recipe.block
-        whole = [touched_cells(u.box, block) for u in units if u.mode == MODE_FUSED]
-        cut = [touched_cells(u.box, block) for u in units if u.mode == MODE_SCALED]
-        cut += [box for _, box in claims]
-        cut = list(dict.fromkeys(cut))
-        boxes = [*cut, *whole]
-        found = partition(boxes, (1 << len(cut)) - 1)
-        cells = joined([(box, 0) for box, mask in found if not mask >> len(cut)])
-        areas = [weights_of_cells(box, shape, block) for box, _ in cells]
+    def _amax(self, units: list[Unit]) -> list[tuple[int, int, Box]]:
+        """The parts of shards whose amaxes are exchanged."""
+        grid = self.grids.shared
+        if grid is None:
+            return []
+        whole = Box.whole(self.weight_shape)
+        areas = [whole] if self.grids.always else self._cut_areas(units, grid)
         held = list(self.holders)
         out: list[tuple[int, int, Box]] = []
         for area in areas:
             uncovered = [box for box, mask in partition([area, *held], 1) if mask == 1]
             if uncovered:
-                sink_idx = min(s for claim in self.demand.claims for s, _ in claim)
-                raise self._missing(self.demand.parts[0], uncovered[0], sink_idx)
+                raise self._no_amax(uncovered[0])
             for box, holders in self.holders.items():
                 common = box.intersect(area)
                 if common is not None:
                     out += [(rank, shard_idx, common) for rank, shard_idx in holders]
         return sorted(out)
 
-    def _scale_units(self, weights: list[Unit], part: PartSpec, claims: list[Claim]) -> list[Unit]:
+    def _no_amax(self, box: Box) -> MissingTensorError:
+        sinks = [sink_idx for claims in self.demand.claims for sink_idx, _ in claims]
+        if sinks:
+            return self._missing(self.demand.parts[0], box, min(sinks))
+        return MissingTensorError(
+            f"{self.tensor.name!r} shares its amax with {', '.join(self.demand.group)}, but no trainer rank holds its "
+            f"box at offset {box.offset} of shape {box.shape}"
+        )
+
+    def _cut_areas(self, units: list[Unit], grid: Grid) -> list[Box]:
+        """The weights of the needed scales that no single unit has as a whole."""
+        whole = [touched_cells(u.box, grid.cell) for u in units if u.mode == MODE_FUSED]
+        cut = [touched_cells(u.box, grid.cell) for u in units if u.mode == MODE_SCALED]
+        cut += [box for _, box in self.demand.claims[1]]
+        cut = list(dict.fromkeys(cut))
+        found = partition([*cut, *whole], (1 << len(cut)) - 1)
+        cells = joined([(box, 0) for box, mask in found if not mask >> len(cut)])
+        return [weights_of_cells(box, self.weight_shape, grid.cell) for box, _ in cells]
+
+    def _scale_units(self, weights: tuple[Unit, ...], part_idx: int, grid: Grid) -> list[Unit]:
         """Scales, cut so that each box follows one fused unit where the choice of its sender is open."""
-        block = self.recipe.block
-        held = [(owned_cells(box, block), holders) for box, holders in self.holders.items()]
-        open_idx = [i for i, u in enumerate(weights) if u.mode == MODE_FUSED and len(u.holders) > 1]
-        cells = [touched_cells(weights[i].box, block) for i in open_idx]
+        part, claims = self.demand.parts[part_idx], self.demand.claims[part_idx]
+        held = [(owned_cells(box, grid.cell), holders) for box, holders in self.holders.items()]
+        fused = [i for i, u in enumerate(weights) if u.mode == MODE_FUSED] if grid is self.grids.packed else []
+        if grid is not self.grids.shared:
+            self._check_packed(part, claims, [touched_cells(weights[i].box, grid.cell) for i in fused])
+        open_idx = [i for i in fused if len(weights[i].holders) > 1]
+        cells = [touched_cells(weights[i].box, grid.cell) for i in open_idx]
         out: list[Unit] = []
         elem_bytes = itemsize(part.dtype)
         for box, holders, sinks, extra_idx in self._blocks(part, claims, held, cells):
             follows = open_idx[extra_idx] if extra_idx >= 0 else -1
-            out += self._units(box, MODE_COPY, 1, elem_bytes, 1, holders, sinks, follows)
+            out += self._units(box, MODE_COPY, part_idx, elem_bytes, _ANYWHERE, holders, sinks, follows)
         return out
+
+    def _check_packed(self, part: PartSpec, claims: list[Claim], made: list[Box]) -> None:
+        """Refuse scales that only the packing of their weights makes, where no engine rank takes the weights."""
+        wanted = list(dict.fromkeys(box for _, box in claims))
+        for box, mask in partition([*wanted, *made], (1 << len(wanted)) - 1):
+            if not mask >> len(wanted):
+                raise ManifestError(
+                    f"sink {min(s for s, b in claims if b.intersect(box))} needs {part.name!r} at offset {box.offset} "
+                    f"of shape {box.shape}, but no engine rank takes the weights that it scales; recipe "
+                    f"{self.recipe.name!r} makes both together"
+                )
 
 
 def _describable(box: Box, mode: int, elem_bytes: int) -> list[Box]:
@@ -291,7 +345,7 @@ def _with_dims(box: Box, limit: int, inner: int) -> list[Box]:
     return [b for at in steps for b in _with_dims(replaced(box, dim, at, at + 1), limit, inner)]
 
 
-def _halved(box: Box, elem_bytes: int, step: int, capacity: int | None) -> list[Box]:
+def _halved(box: Box, elem_bytes: int, step: tuple[int, int], capacity: int | None) -> list[Box]:
     """Cut to parts of at most ``capacity`` bytes each; not at all where it is None."""
     if capacity is None:
         return [box]

@@ -20,7 +20,7 @@ def build_buckets(
 
     Args:
         groups: a sender's units for one set of needers.
-        part_of: for each demand the plan's part of each stage.
+        part_of: for each demand the plan's parts.
         trees: makes the hops.
         bucket_bytes: size of a bucket.
     """
@@ -48,7 +48,7 @@ def pack(entries: list[Entry], part_of: list[tuple[int, ...]], bucket_bytes: int
     offset = 0
     for entry in entries:
         unit = entry.unit
-        part_idx = part_of[entry.demand_idx][unit.stage]
+        part_idx = part_of[entry.demand_idx][unit.part]
         todo: list[tuple[Box, int]] = [(unit.box, unit.nbytes)]
         while todo:
             box, nbytes = todo[-1]

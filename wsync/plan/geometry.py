@@ -157,7 +157,9 @@ def weights_of_cells(cells: Box, shape: tuple[int, ...], block: tuple[int, int])
     return Box(offset, tuple(e - o for o, e in zip(offset, end, strict=True)))
 
 
-def cut_leading(box: Box, elem_bytes: int, room: int, capacity: int, step: int) -> tuple[Box, list[Box]] | None:
+def cut_leading(
+    box: Box, elem_bytes: int, room: int, capacity: int, step: tuple[int, int]
+) -> tuple[Box, list[Box]] | None:
     """Cut off the largest leading part of ``box`` that fits into ``room`` bytes.
 
     The outermost dimension is cut where one step of it fits into an empty bucket, otherwise the next one, within one
@@ -168,7 +170,7 @@ def cut_leading(box: Box, elem_bytes: int, room: int, capacity: int, step: int) 
         elem_bytes: of one element on the wire.
         room: bytes left in the open bucket.
         capacity: bytes of an empty bucket.
-        step: cuts in the last two dimensions fall on multiples of it.
+        step: cuts in the last two dimensions (rows, columns) fall on multiples of these.
 
     Returns:
         The part that fits and what remains, in order; or None where a new bucket has to be opened first.
@@ -176,7 +178,7 @@ def cut_leading(box: Box, elem_bytes: int, room: int, capacity: int, step: int) 
     rest: list[Box] = []
     ndim = len(box.shape)
     for dim in range(ndim):
-        grid = step if dim >= ndim - 2 else 1
+        grid = step[dim - ndim] if dim >= ndim - 2 else 1
         begin, end = box.offset[dim], box.end[dim]
         inner = elem_bytes * math.prod(box.shape[:dim]) * math.prod(box.shape[dim + 1 :])  # outer ones are one step
         first = min(begin // grid * grid + grid, end)

@@ -7,6 +7,7 @@ from wsync.plan.blocks import TensorClass, find_classes
 from wsync.plan.bounds import find_bounds, plan_seconds
 from wsync.plan.buckets import build_buckets
 from wsync.plan.demand import Demand, check_source, collect_demands, resolve_aliases
+from wsync.plan.grids import all_dims
 from wsync.plan.nodes import find_nodes
 from wsync.plan.routing import Trees, choose_senders, queue_units
 from wsync.plan.types import ALIGNMENT, AmaxRegion, Plan, PlanOptions, WirePart
@@ -46,7 +47,7 @@ def make_plan(
     if cluster is not None:
         check_cluster(cluster)
     check_source(source)
-    demands = [d for d in collect_demands(source, sink) if any(d.claims)]
+    demands = collect_demands(source, sink)
     nodes = find_nodes(source, sink, cluster)
     classes = find_classes(source, demands, nodes, options.bucket_bytes)
     order = {id(d): i for i, d in enumerate(demands)}
@@ -55,7 +56,7 @@ def make_plan(
     choice = choose_senders(classes, order, nodes)
     groups = queue_units(demands, class_of, choice, nodes)
     buckets = build_buckets(groups, part_of, Trees(nodes), options.bucket_bytes)
-    regions, amax_elements = _lay_out_amax(class_of, part_of, len(source.ranks))
+    regions, amax_elements = _lay_out_amax(demands, class_of, part_of, len(source.ranks))
     return Plan(
         format_version=FORMAT_VERSION,
         num_sources=len(source.ranks),
@@ -93,26 +94,34 @@ def _class_of(classes: list[TensorClass], order: dict[int, int]) -> list[TensorC
 def _number_parts(
     demands: list[Demand], class_of: list[TensorClass]
 ) -> tuple[tuple[WirePart, ...], list[tuple[int, ...]]]:
-    """The plan's parts, and for each demand the index of its weight and of its scale.
+    """The plan's parts, and for each demand the indices of its own.
 
-    A weight that only lends its scales is listed too where its blocks' amaxes are exchanged.
+    A weight that only lends its amaxes is listed too.
     """
     parts: list[WirePart] = []
     part_of: list[tuple[int, ...]] = []
     for demand in demands:
         part_of.append(tuple(range(len(parts), len(parts) + len(demand.parts))))
-        parts += [WirePart(demand.tensor_idx, demand.recipe, p.role, p.name, p.dtype, p.shape) for p in demand.parts]
+        num_dims = len(demand.parts[0].shape)
+        for p in demand.parts:
+            shape = all_dims(p.shape, num_dims, 1)
+            parts.append(WirePart(demand.tensor_idx, demand.recipe, p.role, p.name, p.dtype, shape, demand.group))
     return tuple(parts), part_of
 
 
 def _lay_out_amax(
-    class_of: list[TensorClass], part_of: list[tuple[int, ...]], num_sources: int
+    demands: list[Demand], class_of: list[TensorClass], part_of: list[tuple[int, ...]], num_sources: int
 ) -> tuple[tuple[tuple[AmaxRegion, ...], ...], int]:
-    """Every rank's regions, and the length of the vector that holds the scale grids of all tensors with a cut block."""
+    """Every rank's regions, and the length of the vector that holds the grids of all tensors with exchanged amaxes."""
     regions: list[list[AmaxRegion]] = [[] for _ in range(num_sources)]
+    of_group: dict[tuple[str, tuple[str, ...]], int] = {}
     elements = 0
-    for cls, (weight_idx, *_) in zip(class_of, part_of, strict=True):
+    for demand, cls, (weight_idx, *_) in zip(demands, class_of, part_of, strict=True):
+        first = elements
+        if demand.group:
+            first = of_group.setdefault((demand.recipe, demand.group), elements)
         for rank, shard_idx, box in cls.amax:
-            regions[rank].append(AmaxRegion(weight_idx, shard_idx, box, elements))
-        elements += cls.grid_elements
+            regions[rank].append(AmaxRegion(weight_idx, shard_idx, box, first))
+        if first == elements:
+            elements += cls.grid_elements
     return tuple(tuple(r) for r in regions), elements

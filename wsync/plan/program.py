@@ -2,7 +2,8 @@
 
 from wsync.plan.padding import padding_digest, padding_ranges
 from wsync.plan.sink_program import UNCOUNTED_WORD, Duplicates, Fill, Run, SinkProgram, StorageMemory, compile_sink
-from wsync.plan.source_program import ScaleTable, ShardMemory, SourceProgram, compile_source
+from wsync.plan.source_program import ShardMemory, SourceProgram, compile_source
+from wsync.plan.tables import ScaleTable, TableKey
 
 __all__ = [
     "UNCOUNTED_WORD",
@@ -14,6 +15,7 @@ __all__ = [
     "SinkProgram",
     "SourceProgram",
     "StorageMemory",
+    "TableKey",
     "compile_sink",
     "compile_source",
     "padding_digest",

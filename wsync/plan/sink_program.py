@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from wsync.errors import DtypeMismatchError, ManifestError
 from wsync.plan.descriptors import UNPACK_COPY, UNPACK_DESC, descriptor_dims
+from wsync.plan.grids import all_dims, box_of_all_dims, group_of
 from wsync.plan.padding import WORD_BYTES, padding_digest
 from wsync.plan.source_program import DescArray
 from wsync.plan.types import Bucket, Piece, SinkSlice, WirePart
@@ -23,8 +24,8 @@ from wsync.spec.recipes import get_recipe
 UNCOUNTED_WORD = 2**64 - 1
 """Digest key of a descriptor that is left out of the digest: its bytes were counted by an earlier one."""
 
-PartKey = tuple[str, str, str]
-"""Name of the tensor whose bytes travel, recipe, role."""
+PartKey = tuple[str, str, tuple[str, ...], str]
+"""Name of the tensor whose bytes travel, recipe, scale group, role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +250,16 @@ def _duplicates(descs: DescArray, storages: Sequence[str]) -> Duplicates:
 
 
 def _part_key(part: WirePart) -> PartKey:
-    name = part.name.removesuffix(get_recipe(part.recipe).scale_suffix) if part.role == "scale" else part.name
-    return name, part.recipe, part.role
+    return part.name.removesuffix(get_recipe(part.recipe).suffix(part.role)), part.recipe, part.group, part.role
+
+
+def _with_all_dims(copy: CopySpec, num_dims: int) -> CopySpec:
+    """A copy in the coordinates of its part's grid: the dimensions that the engine's scales lack have one element."""
+    if len(copy.box.shape) == num_dims:
+        return copy
+    strides = all_dims(copy.dst_strides, num_dims, 0)
+    box = box_of_all_dims(copy.box, num_dims)
+    return CopySpec(copy.tensor, copy.role, box, copy.storage_idx, copy.dst_offset, strides)
 
 
 _Row = tuple[object, ...]
@@ -275,11 +284,16 @@ class _SinkCompiler:
         self.where = f"rank {manifest.rank} of replica {manifest.replica!r}"
         self.copies = [c for c in manifest.copies if c.box.num_elements]
         self.filled = [0] * len(self.copies)
+        groups = {name: group_of(names, slice_.aliases) for names in manifest.scale_groups for name in names}
         by_key: dict[PartKey, list[int]] = {}
         for i, copy in enumerate(self.copies):
             name = slice_.aliases.get(copy.tensor, copy.tensor)
-            by_key.setdefault((name, manifest.recipes[copy.tensor], copy.role), []).append(i)
+            key = (name, manifest.recipes[copy.tensor], groups.get(copy.tensor, ()), copy.role)
+            by_key.setdefault(key, []).append(i)
         self.copies_of = [by_key.get(_part_key(p), []) for p in slice_.parts]
+        for part, idxs in zip(slice_.parts, self.copies_of, strict=True):
+            for i in idxs:
+                self.copies[i] = _with_all_dims(self.copies[i], len(part.shape))
 
     def bucket(self, bucket: Bucket) -> tuple[dict[int, list[tuple[_Row, str]]], list[tuple[int, tuple[int, ...]]]]:
         """A bucket's descriptors by fill, each with the name of the storage that it writes, and its runs.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,12 @@ from wsync.plan.descriptors import (
     OP_COPY,
     OP_FP8_BLOCK128,
     OP_FP8_BLOCK128_F32,
+    OP_FP8_CHANNEL,
+    OP_FP8_CHANNEL_SCALED,
     OP_FP8_SCALED,
+    OP_FP8_TENSOR,
+    OP_MXFP8,
+    OP_NVFP4,
     PACK_DESC,
     SRC_BF16,
     SRC_BYTES,
@@ -27,21 +31,38 @@ from wsync.plan.descriptors import (
     SRC_F64,
     descriptor_dims,
 )
-from wsync.plan.geometry import touched_cells
+from wsync.plan.grids import Grid, Grids, grids_of, to_weights
 from wsync.plan.padding import WORD_BYTES, padding_digest, padding_ranges
+from wsync.plan.tables import ScaleTable, TableKey, lay_out_tables
 from wsync.plan.types import MODE_SCALED, AmaxRegion, Bucket, Piece, SourceSlice, WirePart
 from wsync.spec.box import Box, contiguous_strides
 from wsync.spec.dtypes import itemsize
 from wsync.spec.manifest import PARAMETER, TensorSpec
-from wsync.spec.recipes import get_recipe, scale_grid
+from wsync.spec.recipes import SCALE_BLOCK, Recipe, get_recipe
 
 F32Array = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 DescArray = npt.NDArray[np.void]
-Allocate = Callable[[int], F32Array]
-"""Makes a contiguous f32 array of that many elements at a fixed address."""
+Allocate = Callable[[int], Bytes]
+"""Makes a contiguous array of that many bytes at a fixed address that is a multiple of 4."""
 
-_FUSED_OP = {"fp8_block128": OP_FP8_BLOCK128, "fp8_block128_f32": OP_FP8_BLOCK128_F32}
-_SRC_DTYPE = {"bfloat16": SRC_BF16, "float32": SRC_F32}
+RECIPE_OPS = {
+    "fp8_block128": OP_FP8_BLOCK128,
+    "fp8_block128_f32": OP_FP8_BLOCK128_F32,
+    "fp8_channel": OP_FP8_CHANNEL,
+    "fp8_tensor": OP_FP8_TENSOR,
+    "mxfp8": OP_MXFP8,
+    "nvfp4": OP_NVFP4,
+}
+"""What packs boxes with whole scale blocks, and the rule by which amaxes become scales."""
+_SCALED_OPS = {
+    "fp8_block128": OP_FP8_SCALED,
+    "fp8_block128_f32": OP_FP8_SCALED,
+    "fp8_channel": OP_FP8_CHANNEL_SCALED,
+    "fp8_tensor": OP_FP8_TENSOR,
+}
+"""What packs boxes whose scales are there already."""
+_SRC_DTYPE = {"bfloat16": SRC_BF16, "float32": SRC_F32, "float16": SRC_F16}
 _CHECKED_COPY = {"bfloat16": SRC_BF16, "float16": SRC_F16, "float32": SRC_F32_EXACT, "float64": SRC_F64}
 """What a copied parameter of that dtype is declared as, so that its values must be finite. Buffers may hold anything
 (masks are infinite by design), and 8-bit floats are taken as bytes."""
@@ -63,28 +84,6 @@ class ShardMemory:
     box: Box
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleTable:
-    """The part of a tensor's scale grid that one rank writes.
-
-    Attributes:
-        first: element of the program's scales where the table begins.
-        box: of scale cells; the table is row major over it.
-    """
-
-    first: int
-    box: Box
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """In elements."""
-        return contiguous_strides(self.box.shape)
-
-    def element_of(self, cell: Sequence[int]) -> int:
-        """Element of the program's scales that holds the scale of ``cell``."""
-        return self.first + sum((c - o) * s for c, o, s in zip(cell, self.box.offset, self.strides, strict=True))
-
-
 @dataclass(slots=True)
 class SourceProgram:
     """What a trainer rank replays at each publish. Holds no reference to the trainer's memory.
@@ -94,10 +93,10 @@ class SourceProgram:
         buckets: for each bucket position a contiguous array of PACK_DESC.
         padding: for each bucket position the byte ranges that no piece occupies.
         padding_digests: what they add to the bucket's digest.
-        amax_descs: AMAX_DESC of all cut scale blocks; empty if this rank holds none of them.
+        amax_descs: AMAX_DESC of all boxes whose amaxes are exchanged; empty if this rank holds none of them.
         amax_vector: f32, exchanged between the ranks; of length 0 if no rank exchanges.
-        scales: f32, every scale table of this rank; NaN until written.
-        tables: scale table of (tensor index, recipe).
+        scales: the bytes of every scale table of this rank; all ones (NaN in each of their dtypes) until written.
+        tables: where each table lies in them.
     """
 
     slice_: SourceSlice
@@ -106,8 +105,8 @@ class SourceProgram:
     padding_digests: list[int]
     amax_descs: DescArray
     amax_vector: F32Array
-    scales: F32Array
-    tables: dict[tuple[int, str], ScaleTable]
+    scales: Bytes
+    tables: dict[TableKey, ScaleTable]
     _amax_boxes: list[tuple[int, Box]] = field(repr=False)
 
     def locate(self, bucket_pos: int, desc_idx: int, element: int) -> tuple[str, tuple[int, ...]]:
@@ -121,13 +120,20 @@ class SourceProgram:
         offset = int(self.buckets[bucket_pos][desc_idx]["dst_offset"])
         piece = [p for p in self.slice_.buckets[bucket_pos].pieces if p.offset <= offset][-1]
         part = self.slice_.parts[piece.part_idx]
-        element += (offset - piece.offset) // itemsize(part.dtype)
-        return part.name, _index(piece.box, element)
+        recipe = get_recipe(part.recipe)
+        element += (offset - piece.offset) // itemsize(part.dtype) * recipe.packed
+        return part.name, _index(to_weights(piece.box, recipe.packed), element)
 
     def locate_amax(self, desc_idx: int, element: int) -> tuple[str, tuple[int, ...]]:
         """Name and global index of the ``element``-th value, in row-major order, of an amax descriptor's box."""
         part_idx, box = self._amax_boxes[desc_idx]
         return self.slice_.parts[part_idx].name, _index(box, element)
+
+    def name_of_amax(self, element: int) -> str:
+        """Name of a tensor of this rank that has the amax at that element of the exchanged vector."""
+        regions = self.slice_.amax_regions
+        region = max((r for r in regions if r.grid_offset <= element), key=lambda r: r.grid_offset, default=regions[0])
+        return self.slice_.parts[region.part_idx].name
 
 
 def _index(box: Box, element: int) -> tuple[int, ...]:
@@ -161,8 +167,8 @@ def compile_source(
     return _SourceCompiler(slice_, tensors, memory, allocate or _host_memory).program()
 
 
-def _host_memory(num_elements: int) -> F32Array:
-    return np.empty(num_elements, np.float32)
+def _host_memory(num_bytes: int) -> Bytes:
+    return np.empty(-(-num_bytes // 8), np.uint64).view(np.uint8)[:num_bytes]
 
 
 class _SourceCompiler:
@@ -176,11 +182,17 @@ class _SourceCompiler:
         self.slice = slice_
         self.tensors = tensors
         self.memory = memory
-        self.tables = _lay_out_tables(slice_)
-        self.scales = allocate(sum(t.box.num_elements for t in self.tables.values()))
-        self.scales.fill(np.nan)
-        self.amax_vector = allocate(slice_.amax_elements)
+        self.grids = [self._grids(p) for p in slice_.parts]
+        self.tables, num_bytes = lay_out_tables(slice_, self.grids)
+        self.scales = allocate(num_bytes)
+        self.scales.fill(0xFF)
+        self.amax_vector = allocate(_F32_BYTES * slice_.amax_elements).view(np.float32)
         self.amax_vector.fill(0)
+        self.grid_offset = {r.part_idx: r.grid_offset for r in slice_.amax_regions}
+
+    def _grids(self, part: WirePart) -> Grids | None:
+        recipe = get_recipe(part.recipe)
+        return grids_of(recipe, self.tensors[part.tensor_idx].shape) if recipe.quantised else None
 
     def program(self) -> SourceProgram:
         rows, boxes = [], []
@@ -205,10 +217,11 @@ class _SourceCompiler:
         rows: list[tuple[object, ...]] = []
         for piece in bucket.pieces:
             part = self.slice.parts[piece.part_idx]
-            if part.role == "scale":
+            grids = self.grids[piece.part_idx]
+            if part.role != "weight":
                 rows.append(self._scale(piece, part, base))
-            elif get_recipe(part.recipe).quantised:
-                rows += self._quantised(piece, part, base)
+            elif grids is not None:
+                rows += self._quantised(piece, part, grids, base)
             else:
                 rows.append(self._plain(piece, part, base))
         return np.array([(*row, i) for i, row in enumerate(rows)], PACK_DESC)
@@ -243,62 +256,91 @@ class _SourceCompiler:
         return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, 0, op, src_dtype, elem_bytes)
 
     def _scale(self, piece: Piece, part: WirePart, base: int) -> tuple[object, ...]:
-        table = self.tables[(part.tensor_idx, part.recipe)]
+        table = self.tables[TableKey.of(part, part.role)]
         src = self._scale_address(table, piece.box.offset)
         strides, extents = descriptor_dims(table.strides, piece.box.shape, part.name)
         word = base + piece.offset // WORD_BYTES
-        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, 0, OP_COPY, SRC_BYTES, _F32_BYTES)
+        return (src, strides, extents, piece.offset, word, 0, 0, 0, 0, 0, OP_COPY, SRC_BYTES, table.elem_bytes)
 
     def _scale_address(self, table: ScaleTable, cell: Sequence[int]) -> int:
-        return int(self.scales.ctypes.data) + _F32_BYTES * table.element_of(cell)
+        return int(self.scales.ctypes.data) + table.byte_of(cell)
 
-    def _quantised(self, piece: Piece, part: WirePart, base: int) -> Iterator[tuple[object, ...]]:
+    def _amax_address(self, part_idx: int, grid: Grid, cell: Sequence[int]) -> int:
+        """Where the exchanged vector has the amax of a cell."""
+        element = sum(c * s for c, s in zip(cell, contiguous_strides(grid.shape), strict=True))
+        return int(self.amax_vector.ctypes.data) + _F32_BYTES * (self.grid_offset[part_idx] + element)
+
+    def _quantised(self, piece: Piece, part: WirePart, grids: Grids, base: int) -> Iterator[tuple[object, ...]]:
         """One descriptor for each matrix of the piece."""
-        shard = self._shard(part, piece.shard_idx, piece.box)
+        recipe = get_recipe(part.recipe)
+        shard = self._shard(part, piece.shard_idx, to_weights(piece.box, recipe.packed))
         src_dtype, elem_bytes = self._source_dtype(part)
-        table = self.tables[(part.tensor_idx, part.recipe)]
-        op = OP_FP8_SCALED if piece.mode == MODE_SCALED else _FUSED_OP[part.recipe]
+        op = (_SCALED_OPS if piece.mode == MODE_SCALED else RECIPE_OPS).get(part.recipe)
+        if op is None or (grids.always and piece.part_idx not in self.grid_offset):
+            raise ManifestError(f"the slice packs {part.name!r} without the amaxes that recipe {part.recipe!r} needs")
         offset = piece.offset
         for matrix in _matrices(piece.box):
-            cells, phases = self._cells(matrix, part.recipe)
-            src = _address_in(shard, matrix.offset, elem_bytes)
+            weights = to_weights(matrix, recipe.packed)
+            src = _address_in(shard, weights.offset, elem_bytes)
             strides = (0, 0, *shard.strides[-2:])
-            extents = (1, 1, *matrix.shape[-2:])
-            scales = self._scale_address(table, cells)
+            extents = (1, 1, *weights.shape[-2:])
             word = base + offset // WORD_BYTES
-            row = (src, strides, extents, offset, word, scales, table.strides[-2], 0, *phases)
-            yield (*row, op, src_dtype, elem_bytes)
+            scales = self._scales_of(part, grids, matrix)
+            amax = 0
+            if grids.always and grids.shared is not None:
+                amax = self._amax_address(piece.part_idx, grids.shared, _first_cell(matrix, grids.shared))
+            phases = _phases(matrix, recipe)
+            yield (src, strides, extents, offset, word, *scales, amax, *phases, op, src_dtype, elem_bytes)
             offset += matrix.num_elements * itemsize(part.dtype)
+
+    def _scales_of(self, part: WirePart, grids: Grids, matrix: Box) -> tuple[int, int]:
+        """Where the packing operation makes or reads the scales of a matrix, and their row stride."""
+        if grids.packed is None:
+            return 0, 0
+        table = self.tables[TableKey.of(part, grids.packed.role)]
+        return self._scale_address(table, _first_cell(matrix, grids.packed)), table.strides[-2]
 
     def _amax(self, region: AmaxRegion) -> Iterator[tuple[tuple[object, ...], Box]]:
         part = self.slice.parts[region.part_idx]
-        shard = self._shard(part, region.shard_idx, region.box)
+        grids = self.grids[region.part_idx]
+        grid = grids.shared if grids is not None else None
+        if grid is None:
+            raise ManifestError(f"the slice exchanges amaxes of {part.name!r}, but recipe {part.recipe!r} has none")
+        recipe = get_recipe(part.recipe)
+        shard = self._shard(part, region.shard_idx, to_weights(region.box, recipe.packed))
         src_dtype, elem_bytes = self._source_dtype(part)
-        table = self.tables[(part.tensor_idx, part.recipe)]
-        grid_strides = contiguous_strides(scale_grid(part.shape, get_recipe(part.recipe).block))
+        table = self.tables[TableKey.of(part, grid.role)]
         for matrix in _matrices(region.box):
-            cells, phases = self._cells(matrix, part.recipe)
-            element = region.grid_offset + sum(c * s for c, s in zip(cells, grid_strides, strict=True))
+            weights = to_weights(matrix, recipe.packed)
+            cell = _first_cell(matrix, grid)
             row = (
-                _address_in(shard, matrix.offset, elem_bytes),
+                _address_in(shard, weights.offset, elem_bytes),
                 shard.strides[-2:],
-                matrix.shape[-2:],
-                int(self.amax_vector.ctypes.data) + _F32_BYTES * element,
-                grid_strides[-2],
-                self._scale_address(table, cells),
+                weights.shape[-2:],
+                self._amax_address(region.part_idx, grid, cell),
+                contiguous_strides(grid.shape)[-2],
+                self._scale_address(table, cell),
                 table.strides[-2],
-                *phases,
+                *_phases(matrix, recipe),
                 src_dtype,
-                _FUSED_OP[part.recipe],
+                RECIPE_OPS[part.recipe],
             )
-            yield row, matrix
+            yield row, weights
 
-    @staticmethod
-    def _cells(matrix: Box, recipe: str) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """The first scale cell of a matrix and where in its block the matrix begins."""
-        rows, cols = get_recipe(recipe).block
-        row, col = matrix.offset[-2:]
-        return (*matrix.offset[:-2], row // rows, col // cols), (row % rows, col % cols)
+
+def _first_cell(matrix: Box, grid: Grid) -> tuple[int, ...]:
+    """The scale cell of a matrix's first element."""
+    rows, cols = grid.cell
+    row, col = matrix.offset[-2:]
+    return (*matrix.offset[:-2], row // rows, col // cols)
+
+
+def _phases(matrix: Box, recipe: Recipe) -> tuple[int, int]:
+    """Where in its scale block a matrix begins; 0 where blocks are whole rows, groups or matrices."""
+    if recipe.block != (SCALE_BLOCK, SCALE_BLOCK):
+        return 0, 0
+    row, col = matrix.offset[-2:]
+    return row % SCALE_BLOCK, col % SCALE_BLOCK
 
 
 def _address_in(shard: ShardMemory, index: Sequence[int], elem_bytes: int) -> int:
@@ -312,30 +354,3 @@ def _matrices(box: Box) -> Iterator[Box]:
     outer = [range(o, o + n) for o, n in zip(box.offset[:-2], box.shape[:-2], strict=True)]
     for index in itertools.product(*outer):
         yield Box((*index, *box.offset[-2:]), ((1,) * len(index)) + box.shape[-2:])
-
-
-def _lay_out_tables(slice_: SourceSlice) -> dict[tuple[int, str], ScaleTable]:
-    """A table for each tensor and recipe, just as large as what this rank writes or sends."""
-    bounds: dict[tuple[int, str], Box] = {}
-    used = [(p.part_idx, p.box) for b in slice_.buckets for p in b.pieces]
-    used += [(r.part_idx, r.box) for r in slice_.amax_regions]
-    for part_idx, box in used:
-        part = slice_.parts[part_idx]
-        recipe = get_recipe(part.recipe)
-        if not recipe.quantised:
-            continue
-        cells = box if part.role == "scale" else touched_cells(box, recipe.block)
-        key = (part.tensor_idx, part.recipe)
-        bounds[key] = _around(bounds[key], cells) if key in bounds else cells
-    tables, first = {}, 0
-    for key, box in bounds.items():
-        tables[key] = ScaleTable(first, box)
-        first += math.prod(box.shape)
-    return tables
-
-
-def _around(a: Box, b: Box) -> Box:
-    """The smallest box with both inside."""
-    offset = tuple(map(min, a.offset, b.offset))
-    end = tuple(map(max, a.end, b.end))
-    return Box(offset, tuple(e - o for o, e in zip(offset, end, strict=True)))

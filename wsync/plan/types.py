@@ -12,9 +12,10 @@ ALIGNMENT = 256
 MODE_COPY = 0
 """Plain bytes, bf16, or scales out of the rank's scale table."""
 MODE_FUSED = 1
-"""A quantised weight box whose scale blocks are all whole: one pass."""
+"""A quantised weight box whose scale blocks are all whole: packing it makes their scales."""
 MODE_SCALED = 2
-"""A quantised weight box with blocks cut by an edge: packed with scales from the exchanged amax."""
+"""A quantised weight box whose scales are made from exchanged amaxes before it is packed: an edge cuts its blocks, or
+the whole tensor has one scale."""
 
 SOURCE = -1
 """The sender, as an endpoint of a hop."""
@@ -26,10 +27,12 @@ class WirePart(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         tensor_idx: into the source manifest's tensors (an alias is resolved to its target).
         recipe: how it is encoded.
-        role: ``"weight"`` or ``"scale"``.
+        role: ``"weight"``, ``"scale"`` or ``"scale_2"``.
         name: checkpoint name of the part.
         dtype: on the wire.
-        shape: global, in elements.
+        shape: global, in elements on the wire, with as many dimensions as the tensor: a tensor of scales that has fewer
+            in the engine ends in ones here.
+        group: names of the tensors that share their amaxes with this one, itself among them; empty if none does.
     """
 
     tensor_idx: int
@@ -38,6 +41,7 @@ class WirePart(msgspec.Struct, frozen=True, array_like=True):
     name: str
     dtype: str
     shape: tuple[int, ...]
+    group: tuple[str, ...] = ()
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -84,13 +88,14 @@ class Bucket(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AmaxRegion(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A box of a weight that this rank holds and whose scale blocks are cut by an edge.
+    """A box of a weight that this rank holds and whose amaxes it exchanges with the others.
 
     Attributes:
         part_idx: the weight part.
         shard_idx: which of the rank's boxes holds it.
-        box: in the weight's coordinates.
-        grid_offset: element of the exchanged vector where the tensor's whole scale grid begins (row major).
+        box: in the weight part's coordinates.
+        grid_offset: element of the exchanged vector where the tensor's whole scale grid begins (row major); the tensors
+            of a scale group have one grid together.
     """
 
     part_idx: int

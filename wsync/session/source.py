@@ -90,6 +90,7 @@ class SourceSession:
         self._keepalive = keepalive
         self._second_read = second_read
         self._scratch = np.empty(0, np.uint8)
+        self._own_amaxes = np.empty(0, np.float32)
         self._delta: DeltaSender | None = None
         self._manifest = manifest
         self._memory = memory
@@ -304,6 +305,8 @@ class SourceSession:
             bad = kernels.amax(program.amax_descs, self._num_threads)
             if bad is not None:
                 raise self._non_finite(*program.locate_amax(*bad))
+            if self._second_read:
+                self._own_amaxes = program.amax_vector.copy()
             end.exchange_max(program.amax_vector, deadline, self._cancelled)
             kernels.scales_from_amax(program.amax_descs)
 
@@ -342,6 +345,21 @@ class SourceSession:
                     hint="call Publication.wait_released() before the optimizer's next step",
                 )
             self._cancelled()
+        if self._program.slice_.amax_elements:
+            self._read_amaxes_again(self._program)
+
+    def _read_amaxes_again(self, program: SourceProgram) -> None:
+        """What is written between the amaxes and the packing is packed alike twice, with scales of other values."""
+        program.amax_vector.fill(0)  # packing is over
+        bad = kernels.amax(program.amax_descs, self._num_threads)
+        changed = np.flatnonzero(program.amax_vector != self._own_amaxes)
+        if bad is None and not len(changed):
+            return
+        name = program.locate_amax(*bad)[0] if bad is not None else program.name_of_amax(int(changed[0]))
+        raise StateError(
+            f"weights of {name!r} were written while they were read for a publish: their largest magnitudes changed",
+            hint="call Publication.wait_released() before the optimizer's next step",
+        )
 
     def _non_finite(self, name: str, index: tuple[int, ...]) -> NonFiniteError:
         return NonFiniteError(f"tensor {name!r} is not finite at index {index} (trainer rank {self._manifest.rank})")

@@ -26,7 +26,18 @@ from wsync.spec.manifest import (
     TensorSpec,
     merge_source,
 )
-from wsync.spec.recipes import RECIPES, SCALE_BLOCK, PartSpec, Recipe, get_recipe, recipe_parts, scale_grid
+from wsync.spec.recipes import (
+    RECIPES,
+    SCALE_BLOCK,
+    WHOLE,
+    PartSpec,
+    Recipe,
+    ScaleLevel,
+    check_shape,
+    get_recipe,
+    recipe_parts,
+    scale_grid,
+)
 from wsync.spec.serde import FORMAT_VERSION, check_format, decode, digest_of, encode
 
 __all__ = [
@@ -34,6 +45,7 @@ __all__ = [
     "ITEMSIZE",
     "RECIPES",
     "SCALE_BLOCK",
+    "WHOLE",
     "Box",
     "Cluster",
     "CopySpec",
@@ -44,6 +56,7 @@ __all__ = [
     "PartSpec",
     "RankInfo",
     "Recipe",
+    "ScaleLevel",
     "SinkManifest",
     "SinkRankManifest",
     "SourceManifest",
@@ -52,6 +65,7 @@ __all__ = [
     "TensorSpec",
     "check_cluster",
     "check_format",
+    "check_shape",
     "contiguous_strides",
     "decode",
     "decode_cluster",

@@ -30,6 +30,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kind: `PARAMETER` or `BUFFER`. Parameters must be finite.
         frozen: the trainer does not change it.
         alias_of: name of the tensor whose memory this one shares (tied weights), or None. Sent once, under that name.
+        recipe: what an engine gets that declares none for it; None leaves that to the engine's side.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str = PARAMETER
     frozen: bool = False
     alias_of: str | None = None
+    recipe: str | None = None
 
 
 class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +106,7 @@ class CopySpec(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         tensor: checkpoint name of the tensor, as in the source's name table.
-        role: which part of the tensor's recipe, ``"weight"`` or ``"scale"``.
+        role: which part of the tensor's recipe: ``"weight"``, ``"scale"``, or ``"scale_2"`` of a second level.
         box: in the part's own coordinates.
         storage_idx: index into `SinkRankManifest.storages`.
         dst_offset: element of the storage that the box's first element goes to.
@@ -129,6 +131,8 @@ class SinkRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         recipes: checkpoint name -> recipe, for every tensor that this rank takes.
         storages: the live memory that is written.
         copies: every recorded copy.
+        scale_groups: checkpoint names of tensors that share an amax (those that the engine fuses under one scale of the
+            whole tensor), each in at most one group. Names that this rank does not take may be among them.
     """
 
     replica: str
@@ -138,6 +142,7 @@ class SinkRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recipes: dict[str, str]
     storages: tuple[StorageSpec, ...]
     copies: tuple[CopySpec, ...]
+    scale_groups: tuple[tuple[str, ...], ...] = ()
 
 
 class SinkManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

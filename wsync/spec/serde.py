@@ -11,7 +11,7 @@ from wsync.errors import FormatVersionError, WireError
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of every message and file that wsync writes."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wsync.plan.geometry import replaced, touched_cells
+from wsync.plan.grids import grids_of, to_packed
 from wsync.plan.types import PlanOptions
 from wsync.spec.box import Box, contiguous_strides
 from wsync.spec.manifest import (
@@ -23,9 +24,11 @@ from wsync.spec.manifest import (
     StorageSpec,
     TensorSpec,
 )
-from wsync.spec.recipes import PartSpec, get_recipe, recipe_parts
+from wsync.spec.recipes import RECIPES, PartSpec, get_recipe, recipe_parts
 
-FLOAT_RECIPES = ("raw", "bf16", "fp8_block128", "fp8_block128_f32")
+_FLOATS = ("bfloat16", "float32", "float16")
+_COLUMNS = 32
+"""Columns at whose multiples every edge of some tensors falls: those that any recipe can encode."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,21 @@ def split_evenly(shape: tuple[int, ...], dim: int, count: int) -> list[Box]:
 def random_scenario(rng: random.Random, *, max_tensors: int = 5) -> Scenario:
     """Several trainer ranks and replicas on several hosts, with uneven, replicated, strided and empty shards.
 
-    Weights have up to a few hundred rows and columns, so that shard edges fall on and off the scale grid; sinks take
-    column, row and replicated shards, overlapping boxes, lone scales, transposed and padded destinations, and aliases.
+    Weights have up to a few hundred rows and columns, so that shard edges fall on and off the scale grids; sinks take
+    column, row and replicated shards, overlapping boxes, lone scales, transposed and padded destinations, aliases, and
+    tensors that share their scales. Every recipe occurs; edges of some tensors respect groups of columns.
     """
     hosts = [f"h{i}" for i in range(rng.randint(1, 4))]
     tensors = _random_tensors(rng, rng.randint(1, max_tensors))
     world = rng.randint(1, 5)
-    shards = tuple(((),) * world if t.alias_of else tuple(_random_shards(rng, t.shape, world)) for t in tensors)
+    cols = _random_cols(rng, tensors)
+    shards = tuple(
+        ((),) * world if t.alias_of else tuple(_random_shards(rng, t.shape, world, cols[t.name])) for t in tensors
+    )
     source = SourceManifest(tuple(RankInfo(rng.choice(hosts), i) for i in range(world)), tensors, shards)
     ranks: list[SinkRankManifest] = []
     for replica in range(rng.randint(1, 3)):
-        ranks += _random_replica(rng, f"engine-{replica}", tensors, hosts)
+        ranks += _random_replica(rng, f"engine-{replica}", tensors, hosts, cols)
     options = PlanOptions(bucket_bytes=rng.choice((16384, 16640, 32768, 65536)))
     return Scenario(source, SinkManifest(tuple(ranks)), options)
 
@@ -70,15 +77,15 @@ def _random_tensors(rng: random.Random, count: int) -> tuple[TensorSpec, ...]:
     out = []
     for i in range(count):
         kind = rng.random()
-        if kind < 0.6:
-            sizes = (1, 7, 64, 100, 127, 128, 129, 192, 256, 300)
+        if kind < 0.7:
+            sizes = (1, 7, 32, 64, 96, 100, 127, 128, 129, 192, 256, 300)
             shape: tuple[int, ...] = (rng.choice(sizes), rng.choice(sizes))
             if rng.random() < 0.25:
                 shape = (rng.randint(1, 3), *shape)
-            dtype = rng.choice(("bfloat16", "float32"))
+            dtype = rng.choice(_FLOATS)
         else:
             shape = tuple(rng.randint(1, (40, 20, 5, 3, 2, 2)[d]) for d in range(rng.randint(0, 6)))
-            dtype = rng.choice(("bfloat16", "float32", "int64", "uint8"))
+            dtype = rng.choice((*_FLOATS, "int64", "uint8"))
         out.append(TensorSpec(f"t{i}", shape, dtype))
     if rng.random() < 0.4:
         target = rng.choice(out)
@@ -86,8 +93,32 @@ def _random_tensors(rng: random.Random, count: int) -> tuple[TensorSpec, ...]:
     return tuple(out)
 
 
-def _random_shards(rng: random.Random, shape: tuple[int, ...], world: int) -> list[tuple[Box, ...]]:
+def _random_cols(rng: random.Random, tensors: tuple[TensorSpec, ...]) -> dict[str, int]:
+    """For each tensor the columns at whose multiples its edges fall."""
+    cols: dict[str, int] = {}
+    for t in tensors:
+        whole = len(t.shape) > 1 and t.shape[-1] % _COLUMNS == 0 and rng.random() < 0.85
+        cols[t.name] = cols[t.alias_of] if t.alias_of else _COLUMNS if whole else 1
+    return cols
+
+
+def _in_columns(boxes: Sequence[Box], cols: int) -> list[Box]:
+    """Boxes that count columns by ``cols``, as boxes of elements."""
+    if cols == 1:
+        return list(boxes)
+    return [Box((*b.offset[:-1], b.offset[-1] * cols), (*b.shape[:-1], b.shape[-1] * cols)) for b in boxes]
+
+
+def _by_columns(shape: tuple[int, ...], cols: int) -> tuple[int, ...]:
+    return shape if cols == 1 else (*shape[:-1], shape[-1] // cols)
+
+
+def _random_shards(rng: random.Random, shape: tuple[int, ...], world: int, cols: int) -> list[tuple[Box, ...]]:
     """The boxes of each rank; together they cover the tensor."""
+    return [tuple(_in_columns(b, cols)) for b in _random_boxes(rng, _by_columns(shape, cols), world)]
+
+
+def _random_boxes(rng: random.Random, shape: tuple[int, ...], world: int) -> list[tuple[Box, ...]]:
     whole = Box.whole(shape)
     kind = rng.choice(("shard", "replicate", "one", "hybrid", "strided", "grid")) if shape else "replicate"
     if kind == "replicate":
@@ -114,38 +145,80 @@ def _random_shards(rng: random.Random, shape: tuple[int, ...], world: int) -> li
 
 
 def _random_replica(
-    rng: random.Random, name: str, tensors: tuple[TensorSpec, ...], hosts: list[str]
+    rng: random.Random, name: str, tensors: tuple[TensorSpec, ...], hosts: list[str], cols: dict[str, int]
 ) -> list[SinkRankManifest]:
     world = rng.randint(1, 4)
     builders = [_Storages(rng) for _ in range(world)]
     recipes: dict[str, str] = {}
+    favourite = rng.choice((None, *RECIPES))
     for tensor in tensors:
         if rng.random() < 0.15:
             continue
-        recipe = recipes[tensor.name] = _random_recipe(rng, tensor)
-        parts = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
-        for rank, box in enumerate(_random_needs(rng, tensor.shape, world)):
-            for part in parts:
-                if len(parts) > 1 and rng.random() < 0.1:
-                    continue  # only the scales, or only the weight
-                needed = box if part.role == "weight" else touched_cells(box, get_recipe(recipe).block)
-                if box.num_elements:
-                    builders[rank].take(tensor.name, part, needed)
+        recipe = recipes[tensor.name] = _random_recipe(rng, tensor, cols[tensor.name], favourite)
+        for rank, box in enumerate(_random_needs(rng, tensor.shape, world, cols[tensor.name])):
+            if box.num_elements:
+                _take_parts(rng, builders[rank], tensor, recipe, box)
     info = [RankInfo(rng.choice(hosts), 100 + r) for r in range(world)]
+    groups = _random_groups(rng, tensors, recipes, cols)
     return [
-        SinkRankManifest(name, r, world, info[r], recipes, b.storages(), tuple(b.copies))
+        SinkRankManifest(name, r, world, info[r], recipes, b.storages(), tuple(b.copies), groups)
         for r, b in enumerate(builders)
     ]
 
 
-def _random_recipe(rng: random.Random, tensor: TensorSpec) -> str:
-    if tensor.dtype not in ("bfloat16", "float32"):
+def _take_parts(rng: random.Random, builder: _Storages, tensor: TensorSpec, recipe: str, box: Box) -> None:
+    """A box of a weight and the scales that it touches; now and then only the weight, or only scales."""
+    facts = get_recipe(recipe)
+    parts = _parts_of(tensor, recipe, box)
+    for part, wanted in parts:
+        lone = part.role == "weight" and facts.group > 1  # packing these weights makes the scales
+        if len(parts) > 1 and not lone and rng.random() < 0.1:
+            continue
+        builder.take(tensor.name, part, wanted, facts.group // facts.packed if part.role == "weight" else 1)
+
+
+def _random_recipe(rng: random.Random, tensor: TensorSpec, cols: int, favourite: str | None) -> str:
+    if tensor.dtype not in _FLOATS:
         return "raw"
-    return rng.choice(FLOAT_RECIPES if len(tensor.shape) > 1 else FLOAT_RECIPES[:2])
+    known = [
+        r.name
+        for r in RECIPES.values()
+        if r.name == "raw"
+        or (r.quantised and len(tensor.shape) > 1 and cols % r.group == 0)
+        or (r.name == "bf16" and tensor.dtype != "float16")
+    ]
+    return favourite if favourite in known and rng.random() < 0.8 else rng.choice(known)
 
 
-def _random_needs(rng: random.Random, shape: tuple[int, ...], world: int) -> list[Box]:
+def _random_groups(
+    rng: random.Random, tensors: tuple[TensorSpec, ...], recipes: dict[str, str], cols: dict[str, int]
+) -> tuple[tuple[str, ...], ...]:
+    """Tensors that share an amax; some of a group are not taken by the replica at all."""
+    by_kind: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for tensor in tensors:
+        recipe = recipes.get(tensor.name)
+        if recipe is not None and get_recipe(recipe).needs_amax:
+            by_kind.setdefault((recipe, tensor.shape[:-2]), []).append(tensor.name)
+    groups: list[tuple[str, ...]] = []
+    for (_, batch), names in sorted(by_kind.items()):
+        rng.shuffle(names)
+        members = names[: rng.randint(1, len(names))]
+        for tensor in tensors:
+            taken = tensor.name in recipes or any(tensor.name in names for names in groups)
+            encodable = tensor.dtype in _FLOATS and len(tensor.shape) > 1 and cols[tensor.name] == _COLUMNS
+            if not taken and encodable and tensor.shape[:-2] == batch and rng.random() < 0.3:
+                members.append(tensor.name)
+        if rng.random() < 0.7:
+            groups.append(tuple(members))
+    return tuple(groups)
+
+
+def _random_needs(rng: random.Random, shape: tuple[int, ...], world: int, cols: int) -> list[Box]:
     """What each rank of a replica needs of one tensor."""
+    return _in_columns(_random_parts(rng, _by_columns(shape, cols), world), cols)
+
+
+def _random_parts(rng: random.Random, shape: tuple[int, ...], world: int) -> list[Box]:
     whole = Box.whole(shape)
     kind = rng.choice(("column", "replicated", "row", "kv", "any")) if shape else "replicated"
     if kind == "replicated":
@@ -175,12 +248,14 @@ class _Storages:
         self._used: dict[str, int] = {}
         self.copies: list[CopySpec] = []
 
-    def take(self, tensor: str, part: PartSpec, box: Box) -> None:
+    def take(self, tensor: str, part: PartSpec, box: Box, cols: int = 1) -> None:
+        """Take a box, and now and then it or a part of it again; edges fall on multiples of ``cols`` columns."""
         self._add(tensor, part, box)
         if self._rng.random() < 0.1:
             self._add(tensor, part, box)  # the engine keeps it twice
         if self._rng.random() < 0.1 and box.shape:
-            self._add(tensor, part, _random_box(self._rng, box.shape).shifted(box.offset))
+            (inner,) = _in_columns([_random_box(self._rng, _by_columns(box.shape, cols))], cols)
+            self._add(tensor, part, inner.shifted(box.offset))
 
     def _add(self, tensor: str, part: PartSpec, box: Box) -> None:
         rng = self._rng
@@ -300,12 +375,36 @@ def _tp_rank(
         if tensor.alias_of:
             continue
         recipes[tensor.name] = recipe if quantises(tensor) else "bf16"
-        for part in recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipes[tensor.name]):
-            box = _tp_box(tensor.name, part.shape, rank, world)
+        for part, box in _parts_of(tensor, recipes[tensor.name], _tp_box(tensor.name, tensor.shape, rank, world)):
             storages.append(StorageSpec(part.name, part.dtype, math.prod(box.shape)))
             strides = contiguous_strides(box.shape)
             copies.append(CopySpec(tensor.name, part.role, box, len(storages) - 1, 0, strides))
-    return SinkRankManifest(replica, rank, world, RankInfo(host, rank), recipes, tuple(storages), tuple(copies))
+    groups = _fused(recipes) if get_recipe(recipe).needs_amax else ()
+    return SinkRankManifest(replica, rank, world, RankInfo(host, rank), recipes, tuple(storages), tuple(copies), groups)
+
+
+def _parts_of(tensor: TensorSpec, recipe: str, weights: Box) -> list[tuple[PartSpec, Box]]:
+    """The parts of a tensor, with the box of each that belongs to a box of weights."""
+    facts = get_recipe(recipe)
+    weight, *scales = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
+    packed = to_packed(weights, facts.packed)
+    found = [(weight, packed)]
+    for part, grid in zip(scales, grids_of(facts, tensor.shape).levels if scales else (), strict=True):
+        cells = touched_cells(packed, grid.cell)
+        num_dims = len(part.shape)
+        found.append((part, Box(cells.offset[:num_dims], cells.shape[:num_dims])))
+    return found
+
+
+def _fused(recipes: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The projections that engines fuse: q, k, v; gate, up."""
+    groups: dict[str, list[str]] = {}
+    for name in recipes:
+        stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+        fused = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+        if leaf in fused and get_recipe(recipes[name]).needs_amax:
+            groups.setdefault(f"{stem}.{fused[leaf]}", []).append(name)
+    return tuple(tuple(names) for names in groups.values())
 
 
 def _tp_box(name: str, shape: tuple[int, ...], rank: int, world: int) -> Box:

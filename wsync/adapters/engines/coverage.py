@@ -17,6 +17,7 @@ class StorageCoverage:
         total: all.
         direct_bytes: live bytes that the copies write in place.
         widened_bytes: live bytes that arrive in a narrower dtype and are widened at the commit.
+        transformed_bytes: live bytes whose values are made at the commit, of codes and scales.
     """
 
     names: tuple[str, ...]
@@ -25,6 +26,7 @@ class StorageCoverage:
     total: int
     direct_bytes: int = 0
     widened_bytes: int = 0
+    transformed_bytes: int = 0
 
     @property
     def complete(self) -> bool:
@@ -74,13 +76,18 @@ class Coverage:
         return sum(s.widened_bytes for s in self.storages)
 
     @property
+    def transformed_bytes(self) -> int:
+        """Live bytes whose values are made at the commit, of codes and scales."""
+        return sum(s.transformed_bytes for s in self.storages)
+
+    @property
     def complete(self) -> bool:
         """Whether every parameter is filled."""
         return not self.missing and all(s.complete for s in self.storages)
 
     def describe(self) -> str:
         """One paragraph for logs."""
-        nbytes = self.direct_bytes + self.widened_bytes
+        nbytes = self.direct_bytes + self.widened_bytes + self.transformed_bytes
         share = 100 * self.direct_bytes / nbytes if nbytes else 100.0
         said = [
             f"{self.covered} of {self.total} elements in {len(self.storages)} pieces of live memory come from the "
@@ -89,6 +96,9 @@ class Coverage:
         if self.widened_bytes:
             widened = [s.names[0] for s in self.storages if s.widened_bytes]
             said.append(f"{self.widened_bytes} bytes of {_listed(widened)} are widened at the commit")
+        if self.transformed_bytes:
+            transformed = [s.names[0] for s in self.storages if s.transformed_bytes]
+            said.append(f"{self.transformed_bytes} bytes of {_listed(transformed)} are transformed at the commit")
         if self.constant:
             constant = [s.names[0] for s in self.storages if s.constant]
             said.append(f"{self.constant} elements of {_listed(constant)} keep what the loader itself sets")

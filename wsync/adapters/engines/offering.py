@@ -26,7 +26,9 @@ Recipes = Mapping[str, str] | Callable[[TensorSpec], str]
 
 
 def default_recipe(spec: TensorSpec) -> str:
-    """``bf16`` for bf16 and f32 tensors, ``raw`` for all others."""
+    """What the trainer declared; else ``bf16`` for bf16 and f32 tensors, ``raw`` for all others."""
+    if spec.recipe is not None:
+        return spec.recipe
     return "bf16" if spec.dtype in ("bfloat16", "float32") else "raw"
 
 

@@ -42,6 +42,7 @@ class Recording:
             or as a number in the loader's code: through memory that the loader allocated, through other live memory,
             as a value read by ``item()``, or as a tensor of the loader's own. Then use `verify_recording`.
         widened: live memory whose values arrive in a narrower dtype; `last_steps` converts them at the commit.
+        scratch: memory of storages that come after all these, of what is transformed (`with_transforms`).
     """
 
     recipes: dict[str, str]
@@ -56,6 +57,7 @@ class Recording:
     _live: LiveMemory = field(repr=False)
     _live_idx: tuple[int, ...] = field(repr=False)
     _module: nn.Module | None = field(repr=False, default=None)
+    scratch: tuple[torch.Tensor, ...] = field(repr=False, default=())
 
     def manifest(self, replica: str, rank: int, world_size: int, info: RankInfo) -> SinkRankManifest:
         """The manifest of this engine rank."""
@@ -97,6 +99,12 @@ class Recording:
             return self.widened[storage_idx - len(self._live_idx)].scratch
         return self._live.flat(self._live_idx[storage_idx])
 
+    def storage_shape(self, storage_idx: int) -> tuple[int, ...]:
+        """The shape of the live tensor that is a storage; flat where no tensor is all of it."""
+        if storage_idx >= len(self._live_idx):
+            return (self.storages[storage_idx].num_elements,)
+        return self._live.shape_of(self._live.storages[self._live_idx[storage_idx]])
+
     @torch.no_grad()
     def write_constants(self) -> None:
         """Set what the loader sets itself (padding to zero), for an engine that never loaded a checkpoint.
@@ -119,9 +127,10 @@ def record_loader(
     """Run an engine's loader on stand-ins and record every copy into live memory. No live byte changes.
 
     Each tensor of the name table is offered as its recipe's parts would stand in a checkpoint of that format
-    (``weight`` and, for block fp8, ``weight_scale_inv``); f32 tensors of the trainer are offered as bf16. An f32 tensor
-    that the loader puts into f32 memory is recorded with the recipe ``raw`` instead, and keeps its bits. A bf16 or f16
-    tensor that it puts into wider memory arrives in scratch memory and is widened at the commit (`Recording.widened`).
+    (``weight`` and its scales, such as ``weight_scale_inv``); f32 tensors of the trainer are offered as bf16. An f32
+    tensor that the loader puts into f32 memory is recorded with the recipe ``raw`` instead, and keeps its bits. A bf16
+    or f16 tensor that it puts into wider memory arrives in scratch memory and is widened at the commit
+    (`Recording.widened`).
 
     Args:
         load_weights: takes pairs of a checkpoint name and a tensor. It runs on this thread, once.

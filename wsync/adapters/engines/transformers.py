@@ -28,9 +28,12 @@ from wsync.adapters.engines.parallel_layers import (
     copy_into,
     divide,
 )
-from wsync.errors import ConfigError, UnknownTensorError
+from wsync.errors import ConfigError, RecipeError, UnknownTensorError
 from wsync.spec.manifest import TensorSpec
 from wsync.spec.recipes import get_recipe
+
+QUANTIZATIONS = ("fp8_block128", "fp8_block128_f32")
+"""Recipes that its linear layers compute with."""
 
 STACKED = {
     "q_proj": ("qkv_proj", 0),
@@ -62,7 +65,7 @@ class TransformersEngine:
 
     Raises:
         ConfigError: sizes that do not divide by ``tp_size``, shards that cut scale blocks, another structure.
-        RecipeError: an unknown quantization.
+        RecipeError: a quantization that is unknown, or not one of `QUANTIZATIONS`.
     """
 
     def __init__(
@@ -77,6 +80,10 @@ class TransformersEngine:
     ) -> None:
         if not 0 <= tp_rank < tp_size:
             raise ConfigError(f"tp_rank {tp_rank} is not inside tp_size {tp_size}")
+        if quantization is not None and get_recipe(quantization).quantised and quantization not in QUANTIZATIONS:
+            raise RecipeError(
+                f"this engine holds weights in {', '.join(QUANTIZATIONS)}, but quantization is {quantization!r}"
+            )
         self.recipe = quantization
         self.dtype = dtype
         self._quantised = quantization is not None and get_recipe(quantization).quantised

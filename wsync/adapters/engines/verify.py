@@ -32,7 +32,7 @@ def coded_tensor(name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 
 PartOf = Callable[[str, str], torch.Tensor]
-"""Gives the part of a checkpoint name and a role (``"weight"`` or ``"scale"``)."""
+"""Gives the part of a checkpoint name and a role (``"weight"``, ``"scale"`` or ``"scale_2"``)."""
 
 
 @torch.no_grad()

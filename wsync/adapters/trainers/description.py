@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wsync.adapters.trainers.declared import Declared, with_recipes
 from wsync.adapters.trainers.named import NamedTensor, named_tensors, replaced_in
 from wsync.adapters.trainers.placements import held_memory, is_dtensor, local_of
 from wsync.errors import ConfigError, DtypeMismatchError, StateError
@@ -84,6 +85,7 @@ def describe(
     world_size: int,
     info: RankInfo,
     name_map: Callable[[str], str] | None = None,
+    recipe: Declared | None = None,
 ) -> SourceDescription:
     """Describe this rank's part of a model.
 
@@ -97,8 +99,10 @@ def describe(
         rank, world_size: as in torch.distributed.
         info: where this rank runs.
         name_map: gives the checkpoint name for the model's own name.
+        recipe: for engines that declare none, see `with_recipes`.
 
     Raises:
+        RecipeError, UnknownTensorError: ``recipe`` does not fit the model.
         ConfigError: what cannot be read in place: other devices, partial placements, sparse tensors, subclasses.
         DtypeMismatchError: a dtype that wsync does not move.
         ManifestError: two tensors have one name, or a local tensor is not what its placements say.
@@ -127,7 +131,7 @@ def describe(
         memory.append([] if is_alias else held_memory(entry.name, entry.tensor))
     shards: tuple[tuple[Box, ...], ...] = tuple(tuple(m.box for m in held) for held in memory)
     return SourceDescription(
-        manifest=SourceRankManifest(rank, world_size, info, tuple(specs), shards),
+        manifest=SourceRankManifest(rank, world_size, info, with_recipes(tuple(specs), recipe), shards),
         memory=memory,
         keepalive=[kept for e in entries for kept in (e.tensor, e.original) if kept is not None],
         _watched=[(e, local_of(e.tensor).data_ptr()) for e in entries],

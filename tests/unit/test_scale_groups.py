@@ -1,0 +1,42 @@
+"""Scale groups that follow from where an engine's loader puts weights."""
+
+import pytest
+
+from wsync.adapters.engines.grouping import fused_groups, given_groups
+from wsync.errors import ConfigError
+from wsync.spec import Box, CopySpec, RankInfo, SinkRankManifest, StorageSpec
+
+SHAPES = {0: (16, 8), 1: (4, 16, 8), 2: (512,)}
+
+
+def groups(*copies: tuple[str, int, tuple[int, ...], int], recipes=None):
+    """Of copies (name, storage, shape of the box, first element), row major in storages of `SHAPES`."""
+    names = dict.fromkeys((c[0] for c in copies), "fp8_tensor") | (recipes or {})
+    specs = tuple(
+        CopySpec(name, "weight", Box.whole(shape), storage, first, (128, 8, 1)[-len(shape) :])
+        for name, storage, shape, first in copies
+    )
+    storages = tuple(StorageSpec(f"s{i}", "float8_e4m3fn", 512) for i in SHAPES)
+    return fused_groups(SinkRankManifest("e", 0, 1, RankInfo("h"), names, storages, specs), SHAPES.__getitem__)
+
+
+def test_tensors_of_one_matrix_are_a_group_and_others_are_not():
+    q, k, o = ("q", 0, (8, 8), 0), ("k", 0, (8, 8), 64), ("o", 2, (8, 8), 0)
+    assert groups(q, k, o) == (("q", "k"),)
+    assert groups(q, k, recipes={"q": "fp8_channel", "k": "fp8_channel"}) == ()
+    assert groups(q, k, recipes={"q": "nvfp4"}) == ()
+
+
+def test_experts_of_a_stack_are_groups_of_their_own():
+    experts = [(f"{w}.{e}", 1, (8, 8), 128 * e + 64 * i) for e in range(2) for i, w in enumerate(("w1", "w3"))]
+    assert groups(*experts) == (("w1.0", "w3.0"), ("w1.1", "w3.1"))
+    stacked = [("gate", 1, (4, 8, 8), 0), ("up", 1, (4, 8, 8), 64)]
+    assert groups(*stacked) == (("gate", "up"),)
+    assert groups(*stacked, ("w.0", 1, (8, 8), 64)) == (("gate", "up"),)
+
+
+def test_given_groups_are_lists_of_names():
+    assert given_groups([["a", "b"], ("c",)]) == (("a", "b"), ("c",))
+    for wrong in ("ab", [["a", 1]]):
+        with pytest.raises(ConfigError, match="is a list of groups of checkpoint names"):
+            given_groups(wrong)
