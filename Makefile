@@ -15,7 +15,7 @@ WHEEL_VENV = .venv-wheel
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm record-kernels dist clean
+.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm record-kernels record-delta dist clean
 
 setup: $(VENV)/.ready
 
@@ -83,6 +83,11 @@ record-vllm: $(VENV)/.ready-vllm
 # The same for the kernels of the CPU: two minutes, on a machine that does nothing else.
 record-kernels: setup
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record_kernels.py bench/records/kernels_cpu.json
+
+# What an optimizer step changes, and how few bytes that takes: about two minutes.
+record-delta: setup
+	OMP_NUM_THREADS=1 $(BIN)/python bench/delta_training.py bench/records/delta_training.json
+	$(BIN)/python -m wsync.bench.markdown bench/records/delta_training.json docs/measurement.md
 
 dist: setup
 	rm -rf dist

@@ -5,17 +5,16 @@ namespace {
 
 struct ScalarMasks {
   template <int kBytes>
-  static void masks(const uint8_t* base, const uint8_t* fresh, const int16_t* limits, GroupMasks* found) {
+  static void masks(const uint8_t* base, const uint8_t* fresh, int top, GroupMasks* found) {
     *found = {};
     for (int i = 0; i < 64; ++i) {
       uint16_t from = 0, to = 0;
       std::memcpy(&from, base + kBytes * i, kBytes);
       std::memcpy(&to, fresh + kBytes * i, kBytes);
       found->changed |= static_cast<uint64_t>(from != to) << i;
-      const int magnitude = from & (kBytes == 2 ? 0x7fff : 0x7f);
-      for (int j = 0; j < kGapClasses - 1; ++j) {
-        found->at_least[j] |= static_cast<uint64_t>(magnitude > limits[j]) << i;
-      }
+      const int exponent = kBytes == 2 ? (from & 0x7fff) >> 7 : (from & 0x7f) >> 3;
+      const auto c = static_cast<uint64_t>(clamp_class(exponent - top + kGapClasses - 1, kGapClasses));
+      for (int b = 0; b < 3; ++b) found->plane[b] |= ((c >> b) & 1) << i;
     }
   }
 

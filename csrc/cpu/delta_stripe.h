@@ -13,42 +13,36 @@
 namespace wsync {
 namespace {
 
-// Bit i: element i of a group of 64 differs; bit i of at_least[j]: it is of class j + 1 or above.
+// Bit i of `changed`: element i of a group of 64 differs; bit i of plane[b]: bit b of its gap class is set.
 struct GroupMasks {
   uint64_t changed;
-  uint64_t at_least[kGapClasses - 1];
+  uint64_t plane[3];
 };
+static_assert(kGapClasses == 8, "a gap class has three bits");
 
 class BitWriter {
  public:
   BitWriter(uint8_t* out, size_t room) : begin_(out), at_(out), end_(out + room) {}
-  // At most 32 bits. Writes up to 8 bytes beyond the room before it is full.
+  // At most 56 bits. Stores 8 bytes each time, whatever is new: no branch to mispredict.
   void put(uint64_t value, int count) {
     acc_ |= value << num_bits_;
     num_bits_ += count;
-    if (num_bits_ >= 32) {
-      const auto low = static_cast<uint32_t>(acc_);
-      std::memcpy(at_, &low, 4);
-      at_ += 4;
-      acc_ >>= 32;
-      num_bits_ -= 32;
-    }
+    std::memcpy(at_, &acc_, 8);
+    at_ += num_bits_ >> 3;
+    acc_ >>= num_bits_ & ~7;
+    num_bits_ &= 7;
   }
   void put_rice(uint32_t value, int k) {
     const uint32_t q = value >> k;
-    if (q >= kMaxUnary) {
-      put((1u << kMaxUnary) - 1, kMaxUnary);
-      put(value, 32);
+    if (__builtin_expect(q >= kMaxUnary, 0)) {
+      put(((uint64_t{1} << kMaxUnary) - 1) | static_cast<uint64_t>(value) << kMaxUnary, kMaxUnary + 32);
       return;
     }
-    put((1u << q) - 1, static_cast<int>(q) + 1);
-    put(value & ((1u << k) - 1), k);
+    const uint64_t low = value & ((uint64_t{1} << k) - 1);
+    put(((uint64_t{1} << q) - 1) | low << (q + 1), static_cast<int>(q) + 1 + k);
   }
   bool is_full() const { return at_ >= end_; }
-  size_t finish() {
-    for (; num_bits_ > 0; num_bits_ -= 8, acc_ >>= 8) *at_++ = static_cast<uint8_t>(acc_);
-    return static_cast<size_t>(at_ - begin_);
-  }
+  size_t finish() { return static_cast<size_t>(at_ - begin_) + (num_bits_ > 0 ? 1 : 0); }
 
  private:
   uint8_t* begin_;
@@ -163,16 +157,45 @@ class StripeCodec {
     for (size_t i = 0; i < num_elements; i += every) top = std::max(top, exponent(load(base, i)));
     return std::max(top - kHeadroom, 0);
   }
-  // Magnitudes above the threshold j are of class j + 1 or above.
-  static void thresholds(int top, int16_t* found) {
-    for (int j = 0; j < kGapClasses - 1; ++j) {
-      const int below = top - kGapClasses + 1 + j;
-      found[j] = static_cast<int16_t>(below < 0 ? -1 : (below << kMantissaBits) | ((1 << kMantissaBits) - 1));
-    }
-  }
   static uint64_t members(const GroupMasks& masks, int c) {
-    const uint64_t from = c == 0 ? ~uint64_t{0} : masks.at_least[c - 1];
-    return c == kGapClasses - 1 ? from : from & ~masks.at_least[c];
+    const auto flip = [c](int b) { return static_cast<uint64_t>((c >> b) & 1) - 1; };
+    return (masks.plane[0] ^ flip(0)) & (masks.plane[1] ^ flip(1)) & (masks.plane[2] ^ flip(2));
+  }
+
+  static constexpr size_t kBlockGroups = 32;
+  struct Block {
+    GroupMasks masks[kBlockGroups];
+    uint32_t seen[kBlockGroups][kGapClasses];
+    uint16_t places[kBlockGroups * 64 + 4];
+  };
+
+  // The elements of the block that differ, in `places`, and what their ranks need. Returns how many there are.
+  static size_t find(const uint8_t* fresh, const uint8_t* base, size_t num_groups, int top, GapClass* classes,
+                     Block* block) {
+    size_t num_found = 0;
+    uint32_t seen[kGapClasses];
+    for (int c = 0; c < kGapClasses; ++c) seen[c] = static_cast<uint32_t>(classes[c].seen);
+    for (size_t g = 0; g < num_groups; ++g) {
+      GroupMasks& masks = block->masks[g];
+      Simd::template masks<kBytes>(base + g * kGroupBytes, fresh + g * kGroupBytes, top, &masks);
+      for (int c = 0; c < kGapClasses; ++c) {
+        block->seen[g][c] = seen[c];
+        seen[c] += static_cast<uint32_t>(__builtin_popcountll(members(masks, c)));
+      }
+      uint64_t left = masks.changed;
+      const auto count = static_cast<size_t>(__builtin_popcountll(left));
+      uint16_t* places = block->places + num_found;
+      const size_t first = g * 64;
+      for (int n = 0; n < 4; ++n, left &= left - 1) {  // four at least: what is too many is overwritten
+        places[n] = static_cast<uint16_t>(first + static_cast<size_t>(__builtin_ctzll(left | uint64_t{1} << 63)));
+      }
+      for (size_t n = 4; n < count; ++n, left &= left - 1) {
+        places[n] = static_cast<uint16_t>(first + static_cast<size_t>(__builtin_ctzll(left)));
+      }
+      num_found += count;
+    }
+    for (int c = 0; c < kGapClasses; ++c) classes[c].seen = seen[c];
+    return num_found;
   }
 
  public:
@@ -182,49 +205,44 @@ class StripeCodec {
     if (changes->size() < most + 1) changes->resize(most + 1);
     const int top = sampled_top(base, num_elements);
     *top_out = static_cast<uint8_t>(top);
-    int16_t limits[kGapClasses - 1];
-    thresholds(top, limits);
     GapClass classes[kGapClasses];
     uint32_t first_gap[kGapClasses] = {};
-    DeltaChange* last[kGapClasses] = {};
+    uint32_t* gap_of_next[kGapClasses];
+    for (int c = 0; c < kGapClasses; ++c) gap_of_next[c] = &first_gap[c];
     uint64_t gap_sum[kGapClasses] = {}, gap_count[kGapClasses] = {};
     uint64_t step_sum[kStepClasses] = {}, step_count[kStepClasses] = {};
     DeltaChange* change = changes->data();
     DeltaChange* const end = change + most;
     *num_changed = 0;
     const auto close_gap = [&](int c, uint64_t gap) {
-      (last[c] == nullptr ? first_gap[c] : last[c]->next_gap) = static_cast<uint32_t>(gap);
+      *gap_of_next[c] = static_cast<uint32_t>(gap);
       gap_sum[c] += gap;
       ++gap_count[c];
     };
-    for (size_t at = 0; at < span; at += kGroupBytes) {
-      GroupMasks masks;
-      Simd::template masks<kBytes>(base + at, fresh + at, limits, &masks);
-      if (masks.changed != 0) {
-        *num_changed += static_cast<uint64_t>(__builtin_popcountll(masks.changed));
-        for (uint64_t left = masks.changed; left != 0 && change != end; left &= left - 1) {
-          const int i = __builtin_ctzll(left);
-          const uint32_t from = load(base + at, static_cast<size_t>(i));
-          const int c = gap_class(from, top), s = step_class(from, top);
-          const uint64_t before = members(masks, c) & ((uint64_t{1} << i) - 1);
-          const uint64_t rank = classes[c].seen + static_cast<uint64_t>(__builtin_popcountll(before));
-          close_gap(c, rank - classes[c].next);
-          classes[c].next = rank + 1;
-          const int32_t step = step_between(from, load(fresh + at, static_cast<size_t>(i)));
-          step_sum[s] += static_cast<uint64_t>(step < 0 ? -step : step) - 1;
-          ++step_count[s];
-          *change = {0, step, static_cast<uint8_t>(c), static_cast<uint8_t>(s)};
-          last[c] = change++;
-        }
-        std::memcpy(base + at, fresh + at, kGroupBytes);
+    // Two loops over a block of groups: where changes are, then what they are. One loop over both would mispredict its
+    // end in most groups.
+    Block block;
+    for (size_t at = 0; at < span; at += kBlockGroups * kGroupBytes) {
+      const size_t num_groups = std::min<size_t>(kBlockGroups, (span - at) / kGroupBytes);
+      const size_t found = find(fresh + at, base + at, num_groups, top, classes, &block);
+      *num_changed += found;
+      const size_t taken = std::min(found, static_cast<size_t>(end - change));
+      for (size_t n = 0; n < taken; ++n) {
+        const size_t i = block.places[n], g = i / 64;
+        const uint32_t from = load(base + at, i), to = load(fresh + at, i);
+        store(base + at, i, to);
+        const int c = gap_class(from, top), s = step_class(from, top);
+        const uint64_t before = members(block.masks[g], c) & ((uint64_t{1} << (i % 64)) - 1);
+        const uint64_t rank = block.seen[g][c] + static_cast<uint64_t>(__builtin_popcountll(before));
+        close_gap(c, rank - classes[c].next);
+        classes[c].next = rank + 1;
+        const int32_t step = step_between(from, to);
+        step_sum[s] += static_cast<uint64_t>(step < 0 ? -step : step) - 1;
+        ++step_count[s];
+        *change = {0, step, static_cast<uint8_t>(c), static_cast<uint8_t>(s)};
+        gap_of_next[c] = &change->next_gap;
+        ++change;
       }
-      uint64_t above = 64;
-      for (int c = 0; c < kGapClasses - 1; ++c) {
-        const auto count = static_cast<uint64_t>(__builtin_popcountll(masks.at_least[c]));
-        classes[c].seen += above - count;
-        above = count;
-      }
-      classes[kGapClasses - 1].seen += above;
     }
     if (change == changes->data()) return 0;
     if (change == end) return span;
@@ -262,20 +280,15 @@ class StripeCodec {
       if (gap_k[c] > kMaxGapParam) return "a gap parameter is too large";
     }
     for (int s = 0; s < kStepClasses; ++s) step_k[s] = (code[kGapClasses + s / 2] >> (s % 2 * 4)) & 15;
-    int16_t limits[kGapClasses - 1];
-    thresholds(top, limits);
     BitReader bits(code + kStripeParamBytes, size - kStripeParamBytes);
     GapClass classes[kGapClasses];
     for (int c = 0; c < kGapClasses; ++c) classes[c].next = bits.take_rice(gap_k[c]);
     for (size_t at = 0; at < span; at += kGroupBytes) {
       GroupMasks masks;
-      Simd::template masks<kBytes>(base + at, base + at, limits, &masks);
-      uint64_t ends[kGapClasses], pending = 0, above = 64;
+      Simd::template masks<kBytes>(base + at, base + at, top, &masks);
+      uint64_t ends[kGapClasses], pending = 0;
       for (int c = 0; c < kGapClasses; ++c) {
-        const uint64_t beyond =
-            c == kGapClasses - 1 ? 0 : static_cast<uint64_t>(__builtin_popcountll(masks.at_least[c]));
-        ends[c] = classes[c].seen + above - beyond;
-        above = beyond;
+        ends[c] = classes[c].seen + static_cast<uint64_t>(__builtin_popcountll(members(masks, c)));
         if (classes[c].next < ends[c]) pending |= Simd::select(members(masks, c), classes[c].next - classes[c].seen);
       }
       while (pending != 0) {

@@ -1,7 +1,8 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm``; what stands between them is replaced. A test compares.
+``vllm`` for those of ``wsync bench vllm`` and with ``delta`` for those of ``make record-delta``; what stands between
+them is replaced. A test compares.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import TypeVar
 
 import msgspec
 
+from wsync.bench.delta_result import DeltaResult, delta_table_of
 from wsync.bench.options import WSYNC
 from wsync.bench.result import Result, RowResult
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
-_E2E, _VLLM = "e2e", "vllm"
+_E2E, _VLLM, _DELTA = "e2e", "vllm", "delta"
 
-_R = TypeVar("_R", Result, VLLMResult)
+_R = TypeVar("_R", Result, VLLMResult, DeltaResult)
 
 
 def load_record(path: Path) -> Result:
@@ -36,6 +38,11 @@ def load_record(path: Path) -> Result:
 def load_vllm_record(path: Path) -> VLLMResult:
     """A record that ``wsync bench vllm --json`` wrote; raises as `load_record`."""
     return _load(path, VLLMResult)
+
+
+def load_delta_record(path: Path) -> DeltaResult:
+    """A record that ``make record-delta`` wrote; raises as `load_record`."""
+    return _load(path, DeltaResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -152,10 +159,15 @@ def table_in(record: Path) -> tuple[str, str]:
     try:
         return _E2E, table_of(load_record(record))
     except FormatVersionError as e:
-        try:
-            return _VLLM, vllm_table_of(load_vllm_record(record))
-        except FormatVersionError:
-            raise e from None
+        first = e
+    try:
+        return _VLLM, vllm_table_of(load_vllm_record(record))
+    except FormatVersionError:
+        pass
+    try:
+        return _DELTA, delta_table_of(load_delta_record(record))
+    except FormatVersionError:
+        raise first from None
 
 
 if __name__ == "__main__":
