@@ -93,7 +93,7 @@ std::vector<Place> checked_places(const uint8_t* code, const Header& header) {
 
 const DeltaKernels& delta_kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
+  if (isa != Isa::kScalar && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
     return avx2_delta_kernels();
   }
 #endif

@@ -138,8 +138,9 @@ class StripeCodec {
   }
   static int exponent(uint32_t code) { return static_cast<int>((code & (kSign - 1)) >> kMantissaBits); }
   // Codes in the order of the values that they stand for.
-  static uint32_t ordered(uint32_t code) { return (code & kSign) != 0 ? kFull - code : code + kSign; }
-  static uint32_t code_of(uint32_t order) { return order >= kSign ? order - kSign : kFull - order; }
+  // Signs are random: a branch on them would be mispredicted.
+  static uint32_t ordered(uint32_t code) { return code ^ (kSign | ((0 - (code >> (kBits - 1))) & kFull)); }
+  static uint32_t code_of(uint32_t order) { return order ^ (kSign | (((order >> (kBits - 1)) - 1) & kFull)); }
   static int32_t step_between(uint32_t from, uint32_t to) {
     const uint32_t step = (ordered(to) - ordered(from)) & kFull;
     return static_cast<int32_t>(step ^ kSign) - static_cast<int32_t>(kSign);
@@ -209,15 +210,20 @@ class StripeCodec {
     uint32_t first_gap[kGapClasses] = {};
     uint32_t* gap_of_next[kGapClasses];
     for (int c = 0; c < kGapClasses; ++c) gap_of_next[c] = &first_gap[c];
-    uint64_t gap_sum[kGapClasses] = {}, gap_count[kGapClasses] = {};
-    uint64_t step_sum[kStepClasses] = {}, step_count[kStepClasses] = {};
+    // Sums, and from kCount on how many were added.
+    uint64_t gaps[kGapClasses] = {}, steps[kStepClasses] = {};
+    constexpr uint64_t kCount = uint64_t{1} << 40, kSum = kCount - 1;
+    uint8_t class_of[256];  // by exponent: the gap class, and from bit 4 on the step class
+    for (int e = 0; e < 256; ++e) {
+      class_of[e] = static_cast<uint8_t>(clamp_class(e - top + kGapClasses - 1, kGapClasses) |
+                                         clamp_class(e - top + kStepClasses - 4, kStepClasses) << 4);
+    }
     DeltaChange* change = changes->data();
     DeltaChange* const end = change + most;
     *num_changed = 0;
     const auto close_gap = [&](int c, uint64_t gap) {
       *gap_of_next[c] = static_cast<uint32_t>(gap);
-      gap_sum[c] += gap;
-      ++gap_count[c];
+      gaps[c] += gap + kCount;
     };
     // Two loops over a block of groups: where changes are, then what they are. One loop over both would mispredict its
     // end in most groups.
@@ -231,14 +237,13 @@ class StripeCodec {
         const size_t i = block.places[n], g = i / 64;
         const uint32_t from = load(base + at, i), to = load(fresh + at, i);
         store(base + at, i, to);
-        const int c = gap_class(from, top), s = step_class(from, top);
+        const int both = class_of[exponent(from)], c = both & 15, s = both >> 4;
         const uint64_t before = members(block.masks[g], c) & ((uint64_t{1} << (i % 64)) - 1);
         const uint64_t rank = block.seen[g][c] + static_cast<uint64_t>(__builtin_popcountll(before));
         close_gap(c, rank - classes[c].next);
         classes[c].next = rank + 1;
         const int32_t step = step_between(from, to);
-        step_sum[s] += static_cast<uint64_t>(step < 0 ? -step : step) - 1;
-        ++step_count[s];
+        steps[s] += static_cast<uint64_t>(step < 0 ? -step : step) - 1 + kCount;
         *change = {0, step, static_cast<uint8_t>(c), static_cast<uint8_t>(s)};
         gap_of_next[c] = &change->next_gap;
         ++change;
@@ -250,11 +255,11 @@ class StripeCodec {
 
     int gap_k[kGapClasses], step_k[kStepClasses];
     for (int c = 0; c < kGapClasses; ++c) {
-      gap_k[c] = rice_param(gap_sum[c], gap_count[c], kMaxGapParam);
+      gap_k[c] = rice_param(gaps[c] & kSum, gaps[c] / kCount, kMaxGapParam);
       out[c] = static_cast<uint8_t>(gap_k[c]);
     }
     for (int s = 0; s < kStepClasses; ++s) {
-      step_k[s] = step_sum[s] == 0 ? kAllOnes : rice_param(step_sum[s], step_count[s], kAllOnes - 1);
+      step_k[s] = (steps[s] & kSum) == 0 ? kAllOnes : rice_param(steps[s] & kSum, steps[s] / kCount, kAllOnes - 1);
     }
     for (int s = 0; s < kStepClasses; s += 2) {
       out[kGapClasses + s / 2] = static_cast<uint8_t>(step_k[s] | (step_k[s + 1] << 4));

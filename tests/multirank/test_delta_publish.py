@@ -146,6 +146,15 @@ def test_deltas_give_every_engine_the_trainers_weights_and_anchors_come_when_the
             assert sent.dense_bytes >= report.wire_bytes
 
 
+def test_deltas_go_with_the_second_read_of_a_publish(key_file):
+    tensors = weights()
+    with make_source(tensors, key_file, write_check="digest") as source, Engine(source.store, key_file) as engine:
+        for version in (1, 2, 3):
+            step(tensors, version)
+            assert publish(source, version).is_delta == (version > 1)
+            assert engine.holds(tensors)
+
+
 def test_a_bucket_that_changed_everywhere_travels_whole_in_a_delta(key_file):
     tensors = weights()
     with make_source(tensors, key_file) as source, Engine(source.store, key_file) as engine:
