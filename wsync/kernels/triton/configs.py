@@ -22,7 +22,9 @@ ELEMENT_TILES = ((128, 32), (32, 128), (8, 512))
 DIGEST_WORDS = 4096
 """Words of one program that digests contiguous, aligned bytes."""
 GATHER_WORDS = 512
-"""Words of one program that digests byte by byte."""
+"""Words of one program that digests contiguous bytes one by one."""
+BOX_WORDS = 128
+"""The same for boxes of any strides, whose addresses take more registers: more words would spill."""
 SEARCH_ELEMS = 4096
 """Elements of one program that looks for a bad one."""
 CELLS = 1024

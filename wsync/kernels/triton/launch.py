@@ -65,7 +65,7 @@ def calls(key: tuple[Any, ...], arch: int) -> tuple[Any, dict[str, Any], int]:
         aligned = args[0]
         words = configs.DIGEST_WORDS if aligned else configs.GATHER_WORDS
         return reduce_kernels.digest_ranges, {"ALIGNED": aligned, "WORDS": words}, configs.TILE_WARPS
-    return reduce_kernels.digest_boxes, {"WORDS": configs.GATHER_WORDS}, configs.TILE_WARPS
+    return reduce_kernels.digest_boxes, {"WORDS": configs.BOX_WORDS}, configs.TILE_WARPS
 
 
 def on_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:

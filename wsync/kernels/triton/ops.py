@@ -16,7 +16,7 @@ import torch
 from wsync.errors import ConfigError
 from wsync.kernels.ops import PackResult
 from wsync.kernels.triton.checks import Descs, check_amax, check_pack, check_unpack
-from wsync.kernels.triton.configs import DIGEST_WORDS, GATHER_WORDS
+from wsync.kernels.triton.configs import BOX_WORDS, DIGEST_WORDS, GATHER_WORDS
 from wsync.kernels.triton.launch import NO_BAD, first_bad_element, new_result, on_device, run, run_all, table_on
 from wsync.kernels.triton.support import device_of
 from wsync.kernels.triton.tables import (
@@ -207,5 +207,5 @@ def _digest_boxes(
     launches = Launches()
     for idx in boxes:
         nbytes = int(np.prod(records["extent"][idx])) * int(records["elem_bytes"][idx])
-        launches.add(("digest_boxes",), grid(idx, tiles(nbytes, 8 * GATHER_WORDS), 1))
+        launches.add(("digest_boxes",), grid(idx, tiles(nbytes, 8 * BOX_WORDS), 1))
     run_all(launches, table, None, result, device=device)
