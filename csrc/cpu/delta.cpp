@@ -94,7 +94,8 @@ std::vector<Place> checked_places(const uint8_t* code, const Header& header) {
 const DeltaKernels& delta_kernels_for(Isa isa) {
 #if defined(__x86_64__)
   if (isa != Isa::kScalar && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
-    return avx2_delta_kernels();
+    const bool counts = isa == Isa::kAvx512 && __builtin_cpu_supports("avx512vpopcntdq");
+    return counts ? avx512_delta_kernels() : avx2_delta_kernels();
   }
 #endif
   static_cast<void>(isa);

@@ -63,6 +63,7 @@ const DeltaKernels& delta_kernels_for(Isa isa);
 const DeltaKernels& scalar_delta_kernels();
 #if defined(__x86_64__)
 const DeltaKernels& avx2_delta_kernels();
+const DeltaKernels& avx512_delta_kernels();
 #endif
 
 // Encodes the bucket `fresh` against `base`, and makes `base` the same as `fresh`. `out` has room for the bucket.

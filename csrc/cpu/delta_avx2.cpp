@@ -63,6 +63,8 @@ struct Avx2Masks {
     return bits(_mm256_slli_epi16(bytes[0], 7 - kBit)) | bits(_mm256_slli_epi16(bytes[1], 7 - kBit)) << 32;
   }
 
+  static void count(const GroupMasks& masks, uint32_t* counts) { count_members(masks, counts); }
+
   static uint64_t select(uint64_t mask, uint64_t rank) { return _pdep_u64(uint64_t{1} << rank, mask); }
 };
 

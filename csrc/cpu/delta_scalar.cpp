@@ -18,6 +18,8 @@ struct ScalarMasks {
     }
   }
 
+  static void count(const GroupMasks& masks, uint32_t* counts) { count_members(masks, counts); }
+
   // The set bit of that rank, alone.
   static uint64_t select(uint64_t mask, uint64_t rank) {
     for (; rank > 0; --rank) mask &= mask - 1;

@@ -20,6 +20,17 @@ struct GroupMasks {
 };
 static_assert(kGapClasses == 8, "a gap class has three bits");
 
+// The elements of a group that are of class `c`.
+inline uint64_t members(const GroupMasks& masks, int c) {
+  const auto flip = [c](int b) { return static_cast<uint64_t>((c >> b) & 1) - 1; };
+  return (masks.plane[0] ^ flip(0)) & (masks.plane[1] ^ flip(1)) & (masks.plane[2] ^ flip(2));
+}
+
+// How many elements of a group each class has, where the instruction set has nothing better.
+inline void count_members(const GroupMasks& masks, uint32_t* counts) {
+  for (int c = 0; c < kGapClasses; ++c) counts[c] = static_cast<uint32_t>(__builtin_popcountll(members(masks, c)));
+}
+
 class BitWriter {
  public:
   BitWriter(uint8_t* out, size_t room) : begin_(out), at_(out), end_(out + room) {}
@@ -158,10 +169,6 @@ class StripeCodec {
     for (size_t i = 0; i < num_elements; i += every) top = std::max(top, exponent(load(base, i)));
     return std::max(top - kHeadroom, 0);
   }
-  static uint64_t members(const GroupMasks& masks, int c) {
-    const auto flip = [c](int b) { return static_cast<uint64_t>((c >> b) & 1) - 1; };
-    return (masks.plane[0] ^ flip(0)) & (masks.plane[1] ^ flip(1)) & (masks.plane[2] ^ flip(2));
-  }
 
   static constexpr size_t kBlockGroups = 32;
   struct Block {
@@ -179,9 +186,11 @@ class StripeCodec {
     for (size_t g = 0; g < num_groups; ++g) {
       GroupMasks& masks = block->masks[g];
       Simd::template masks<kBytes>(base + g * kGroupBytes, fresh + g * kGroupBytes, top, &masks);
+      uint32_t counts[kGapClasses];
+      Simd::count(masks, counts);
       for (int c = 0; c < kGapClasses; ++c) {
         block->seen[g][c] = seen[c];
-        seen[c] += static_cast<uint32_t>(__builtin_popcountll(members(masks, c)));
+        seen[c] += counts[c];
       }
       uint64_t left = masks.changed;
       const auto count = static_cast<size_t>(__builtin_popcountll(left));
@@ -292,8 +301,10 @@ class StripeCodec {
       GroupMasks masks;
       Simd::template masks<kBytes>(base + at, base + at, top, &masks);
       uint64_t ends[kGapClasses], pending = 0;
+      uint32_t counts[kGapClasses];
+      Simd::count(masks, counts);
       for (int c = 0; c < kGapClasses; ++c) {
-        ends[c] = classes[c].seen + static_cast<uint64_t>(__builtin_popcountll(members(masks, c)));
+        ends[c] = classes[c].seen + counts[c];
         if (classes[c].next < ends[c]) pending |= Simd::select(members(masks, c), classes[c].next - classes[c].seen);
       }
       while (pending != 0) {

@@ -12,7 +12,7 @@ from wsync.errors import ConfigError, WireError
 from wsync.formats import delta as reference
 from wsync.kernels.delta import MAX_STRIPE_BYTES
 
-ISAS = ["scalar"] if kernels.best_isa() == "scalar" else ["avx2", "scalar"]
+ISAS = kernels.isas()
 
 
 def encode(fresh, base, cuts, seq=7, digest=99, num_threads=2, isa="auto"):
