@@ -3,7 +3,7 @@
 # Variables: PYTHON (3.10 or newer), VENV, TORCH (what pip is asked for), TORCH_INDEX (an index URL for torch alone, such
 # as PyTorch's own CPU index; empty: pip's configured index, which works everywhere but may bring a CUDA build), VLLM (the
 # real engine that tests run against: 3.5 GB; empty: without, and its tests are skipped), WORKERS (processes that share
-# the test files: many tests wait for deadlines or start processes of their own).
+# the tests that only compute).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,9 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 BIN = $(VENV)/bin
 WHEEL_VENV = .venv-wheel
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
+SHARED = -n $(WORKERS) --dist loadfile
+COMPUTING = tests/unit tests/kernels tests/golden tests/cuda tests/emulator
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
@@ -37,17 +39,19 @@ $(VENV)/.ready-vllm: $(VENV)/.ready
 demo: setup
 	$(BIN)/wsync bench e2e --preset tiny
 
-# Triton's interpreter is chosen when triton is first imported: its tests have a process of their own.
+# Tests that only compute share the processors; those that start processes, wait and have deadlines run one by one.
+# Triton's interpreter is chosen when triton is first imported: its tests have processes of their own.
 test: $(VENV)/.ready-vllm
-	$(PYTEST) -m "not deep and not gpu" --ignore=tests/triton $(PYTEST_ARGS)
-	$(PYTEST) -m "not deep and not gpu" tests/triton $(PYTEST_ARGS)
+	$(PYTEST) $(SHARED) -m "not deep and not gpu" $(COMPUTING) $(PYTEST_ARGS)
+	$(PYTEST) $(SHARED) -m "not deep and not gpu" tests/triton $(PYTEST_ARGS)
+	$(PYTEST) -m "not deep and not gpu" $(COMPUTING:%=--ignore=%) --ignore=tests/triton $(PYTEST_ARGS)
 
 test-deep: $(VENV)/.ready-vllm
 	WSYNC_DEEP=1 $(PYTEST) --ignore=tests/triton $(PYTEST_ARGS)
 	WSYNC_DEEP=1 $(PYTEST) tests/triton $(PYTEST_ARGS)
 
 test-gpu: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu $(PYTEST_ARGS)
+	$(PYTEST) -m gpu $(PYTEST_ARGS)
 
 # The wheel, installed beside (not instead of) the checkout's environment; its dependencies come from there.
 test-wheel: dist
@@ -56,7 +60,7 @@ test-wheel: dist
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(WHEEL_VENV)/dependencies.txt
 	cp $(WHEEL_VENV)/dependencies.txt $$($(WHEEL_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/dependencies.pth
 	$(WHEEL_VENV)/bin/pip install --quiet --no-deps --no-index dist/*.whl
-	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider -n $(WORKERS) --dist loadfile \
+	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider $(SHARED) \
 	  -m "not deep and not gpu and not multiproc" --ignore=tests/triton $(PYTEST_ARGS)
 
 lint: setup

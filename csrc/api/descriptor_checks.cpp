@@ -14,12 +14,21 @@ constexpr const char* kAmax = "AMAX_DESC";
 constexpr const char* kUnpack = "UNPACK_DESC";
 constexpr const char* kTransform = "TRANSFORM_DESC";
 
+// No memory holds more, and products of extents stay far from overflowing.
+constexpr int64_t kMaxElements = int64_t{1} << 60;
+
 template <int kDims>
 bool check_extents(const char* record, size_t index, const int64_t (&extent)[kDims]) {
   bool empty = false;
   for (const int64_t n : extent) {
     if (n < 0) refuse(record, index, "extent " + std::to_string(n) + " is negative");
     empty = empty || n == 0;
+  }
+  int64_t num_elements = 1;
+  for (const int64_t n : extent) {
+    if (!empty && (__builtin_mul_overflow(num_elements, n, &num_elements) || num_elements > kMaxElements)) {
+      refuse(record, index, "its extents hold more than " + std::to_string(kMaxElements) + " elements");
+    }
   }
   return !empty;
 }

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/float_mode.h"
 #include "cpu/ops.h"
 #include "cpu/pack_parts.h"
 #include "cpu/thread_pool.h"
@@ -99,6 +100,7 @@ void amax(const AmaxDesc* descs, size_t num_descs, int num_threads, Isa isa, Fir
 }
 
 void scales_from_amax(const AmaxDesc* descs, size_t num_descs) {
+  const FloatMode mode;
   for (size_t i = 0; i < num_descs; ++i) {
     const AmaxDesc& d = descs[i];
     const Matrix matrix = matrix_of(d);

@@ -11,6 +11,8 @@
 #include <mutex>
 #include <thread>
 
+#include "core/float_mode.h"
+
 namespace wsync {
 namespace {
 
@@ -26,6 +28,7 @@ struct Job {
   int num_active = 0;   // that are still inside; guarded by the pool's mutex
 
   void work() {
+    const FloatMode mode;
     for (size_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < num_units;) (*fn)(unit);
   }
 };
@@ -100,6 +103,7 @@ void parallel_for(size_t num_units, int num_threads, const std::function<void(si
   if (num_threads <= 0) num_threads = num_processors();
   const size_t helpers = std::min<size_t>(static_cast<size_t>(num_threads), num_units) - (num_units > 0 ? 1 : 0);
   if (helpers == 0) {
+    const FloatMode mode;
     for (size_t unit = 0; unit < num_units; ++unit) fn(unit);
     return;
   }

@@ -6,9 +6,11 @@
 namespace wsync {
 namespace cuda {
 
-// x / s, rounded to nearest, for many x and one s. With r = RN(1 / s) and q0 = RN(x r), which is off by less than an
-// ulp, the remainder x - q0 s is exact and RN(q0 + remainder r) is RN(x / s), as long as nothing under- or overflows.
-// Source: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, theorem 8.1.
+// x / s for many x and one s, close enough to rounded that the codes are those of RN(x / s): with r = RN(1 / s) and
+// q0 = RN(x r), RN(q0 + (x - q0 s) r) is RN(x / s) where q0 is within an ulp, as long as nothing under- or overflows.
+// q0 can be off by more and the remainder then rounds; a test goes through every significand of s at every boundary of
+// e4m3 and e2m1. Source: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor,
+// theorem 8.1.
 //
 // A quotient below 2^-11 becomes a zero of its sign in every code here, exact or not. One of at least 2^-11 has a
 // remainder that is a multiple of 2^-34 ulp(s), which kLeast keeps representable.

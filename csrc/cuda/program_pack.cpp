@@ -152,10 +152,14 @@ void add_words(PackRecord record, Builder* builder) {
   builder->add_range(kPackWords, builder->add_record(kPackWords, record), (num_bytes + 7) / 8, kWordStep);
 }
 
+bool has_f32_scales(int32_t op) { return op >= kOpFp8Block128 && op <= kOpFp8ChannelScaled; }
+
 void add(const PackDesc& d, size_t i, Builder* builder) {
   const uint64_t numel = num_elements(d.extent);
   if (numel == 0) return;
   check_aligned(kName, i, "src", d.src, d.elem_bytes);
+  if (has_f32_scales(d.op)) check_aligned(kName, i, "scales", d.scales, 4);
+  if (d.op == kOpFp8Tensor || d.op == kOpNvfp4) check_aligned(kName, i, "amax", d.amax, 4);
   check_index(kName, i, numel, "elements");
   const auto idx = static_cast<uint32_t>(i);
   PackRecord record{};

@@ -114,6 +114,7 @@ void add_requantise(const TransformRecord& record, Builder* builder) {
 void check_for_cuda(const TransformDesc& d, size_t i) {
   const bool byte_scales = d.recipe_op == kOpMxfp8 || d.recipe_op == kOpNvfp4;
   if (!byte_scales) check_aligned(kTransform, i, "scales", d.scales, 4);
+  if (d.recipe_op == kOpNvfp4) check_aligned(kTransform, i, "tensor_scale", d.tensor_scale, 4);
   if (d.op == kTransformDequantise) check_aligned(kTransform, i, "dst", d.dst, source_bytes(d.dst_dtype));
   if (d.op == kTransformRequantE8m0) check_aligned(kTransform, i, "dst_scales", d.dst_scales, 4);
   check_index(kTransform, i, numel(d.extent), "weights");

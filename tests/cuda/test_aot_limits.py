@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 from wsync.bench import aot, sass
 from wsync.errors import ConfigError
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
 FP8 = ("pack_block", "pack_channel", "pack_rows", "move", "round", "requantise")
 MOST_REGISTERS = {
     "pack_block": 128,
@@ -134,3 +136,15 @@ def test_the_way_through_a_loop_takes_the_payload_and_leaves_the_cold_block():
 )
 def test_kernels_have_readable_names(symbol, name):
     assert sass.kernel_name(symbol) == name
+
+
+def test_the_document_shows_the_committed_record():
+    committed = json.loads((ROOT / "bench" / "records" / "kernels_aot.json").read_text())
+    assert aot.table(committed) in (ROOT / "docs" / "kernels.md").read_text()
+
+
+def test_the_committed_record_is_that_of_this_code(library, record):
+    committed = json.loads((ROOT / "bench" / "records" / "kernels_aot.json").read_text())
+    if committed["compiler"] != record["compiler"]:
+        pytest.skip(f"the record is of nvcc {committed['compiler']!r}, the library of {record['compiler']!r}")
+    assert record["kernels"] == committed["kernels"], "run python -m wsync.bench.aot --json --markdown again"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsync.errors import ConfigError
+from wsync.errors import ConfigError, WsyncError
 from wsync.native import load_extension
 from wsync.plan.descriptors import (
     AMAX_DESC,
@@ -193,3 +193,5 @@ def test_a_run_without_a_gpu_is_an_error_that_says_so():
     program = _C.cuda_pack(pack_desc())
     with pytest.raises(ConfigError, match="not a multiple of 16"):
         program.run(8, 0, 16, 0)
+    with pytest.raises(WsyncError, match=r"failed on the GPU|cannot be opened|has no CUDA library"):
+        program.run(16, 0, 16, 0)

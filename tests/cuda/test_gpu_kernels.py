@@ -30,10 +30,15 @@ def weights(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tens
     return values.to(dtype)
 
 
+def raw(part: torch.Tensor) -> torch.Tensor:
+    return part.cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def same_parts(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, part in want.items():
-        assert torch.equal(got[name].cpu().view(torch.uint8), part.view(torch.uint8)), name
+        assert got[name].shape == part.shape, name
+        assert torch.equal(raw(got[name]), raw(part)), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -122,3 +122,15 @@ def test_the_cuda_probe_says_why_there_is_no_device():
     missing = _C.cuda_probe("/nonexistent/libcudart.so")
     assert not missing["available"]
     assert "/nonexistent/libcudart.so" in missing["reason"]
+
+
+def test_extents_whose_product_overflows_are_refused():
+    descs = pack_desc(torch.ones(2, 4, dtype=torch.bfloat16), OP_COPY)
+    descs["extent"] = (1, 1, 1 << 32, 1 << 32)
+    with pytest.raises(ConfigError, match=r"PACK_DESC\[0\]: its extents hold more than 1152921504606846976 elements"):
+        kernels.pack(descs, bucket(64).ctypes.data)
+    cells = np.zeros(1, AMAX_DESC)
+    cells["src"], cells["amax"], cells["extent"] = 64, 64, (1 << 32, 1 << 32)
+    cells["src_dtype"], cells["recipe_op"] = SRC_F32, descriptors.OP_FP8_TENSOR
+    with pytest.raises(ConfigError, match=r"AMAX_DESC\[0\]: its extents hold more"):
+        kernels.scales_from_amax(cells)

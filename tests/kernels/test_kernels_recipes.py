@@ -301,3 +301,17 @@ def test_every_f16_value_is_taken_exactly(recipe):
     expected = kernels.quantize(weight.to(torch.float32), recipe, "reference")
     got = kernels.quantize(weight, recipe, "cpu")
     assert all(np.array_equal(raw_bytes(got[name]), raw_bytes(expected[name])) for name in expected)
+
+
+@pytest.mark.parametrize("recipe", ["fp8_block128", "fp8_channel", "mxfp8", "nvfp4"])
+def test_bits_do_not_depend_on_whether_the_caller_flushes_subnormals(recipe):
+    bits = torch.arange(1, 4097, dtype=torch.int32).view(32, 128) * 1021
+    weight = bits.view(torch.float32)  # all subnormal
+    want = kernels.quantize(weight, recipe)
+    assert torch.set_flush_denormal(True)
+    try:
+        got = kernels.quantize(weight, recipe)
+    finally:
+        torch.set_flush_denormal(False)
+    for name, part in want.items():
+        assert torch.equal(got[name].view(torch.uint8), part.view(torch.uint8)), name

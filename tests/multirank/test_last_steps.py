@@ -229,11 +229,12 @@ def test_a_prepared_version_that_another_rank_fails_is_withdrawn_and_the_next_on
 def test_a_superseded_version_is_discarded_on_ranks_that_had_prepared_it(key_file):
     engines = [simple(), simple()]
     with World(key_file, {}) as world, Pair(world, key_file, engines) as pair:
-        go = threading.Event()
-        engines[1].before = {"prepare 1": lambda: go.wait(20)}
+        inside, go = threading.Event(), threading.Event()
+        engines[1].before = {"prepare 1": lambda: (inside.set(), go.wait(20))}
         old = world.publish()
         ticket = pair.sinks[0].wait(1, 20)
         old.wait_released()
+        assert inside.wait(20)
         change(world.weights, 1)
         new = world.publish()
         with pytest.raises(wsync.CommitError, match="superseded by version 2"):

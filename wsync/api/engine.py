@@ -99,7 +99,7 @@ class EngineSide:
         """The manifest with the scale groups that were given, or that follow from the engine's layout."""
         groups = self._groups
         if groups is None:
-            groups = fused_groups(manifest, lambda i: recording.storage_shape(i))
+            groups = fused_groups(manifest, recording.matrix_at)
         return structs.replace(manifest, scale_groups=groups)
 
     def _wanted_transforms(self, tensors: tuple[TensorSpec, ...]) -> dict[str, str]:

@@ -57,6 +57,7 @@ class Sink:
             engine fuses into one matrix.
         transforms: what the commit makes of a tensor's parts, by checkpoint name, or a function of `TensorSpec`:
             ``"dequantise"`` for an engine that holds (and loads) floats where ``recipes`` has a quantised wire,
+            (of the trainer's own dtype; f16 cannot hold what its largest values round up to);
             ``"requantise_e8m0"`` for one that requantises 128 x 128 blocks to power-of-two scales when it loads.
         layouts: for live tensors that the loader fills in plain form and the engine's kernels read in another: by name
             a `wsync.plan.layouts.Layout` and the memory that the commit writes. The plain tensor is scratch memory.

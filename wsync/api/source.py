@@ -25,6 +25,7 @@ from wsync.transport import TRANSPORTS, choose_transport, open_source
 if TYPE_CHECKING:
     import torch
 
+_MAX_DELTA_BUCKET_BYTES = 1 << 32
 _WRITE_CHECKS = ("counts", "digest")
 
 
@@ -89,6 +90,10 @@ class Source:
         if whole_number(delta_anchor_every, "delta_anchor_every") < 1:
             raise ConfigError(f"delta_anchor_every must be at least 1, got {delta_anchor_every}")
         anchor_every = delta_anchor_every if delta else 0
+        if delta and options is not None and options.bucket_bytes >= _MAX_DELTA_BUCKET_BYTES:
+            raise ConfigError(
+                f"delta takes buckets below {_MAX_DELTA_BUCKET_BYTES} bytes, bucket_bytes is {options.bucket_bytes}"
+            )
         if write_check not in _WRITE_CHECKS:
             raise ConfigError(f"write_check must be one of {_WRITE_CHECKS}, got {write_check!r}")
         self.rank, self.world_size = rank_and_world(rank, world_size)

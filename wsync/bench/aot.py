@@ -4,7 +4,7 @@ For the loop that moves a kernel's payload this counts the instructions on the w
 against what an H100 SXM can issue in the time that its memory needs for the same bytes: for every 16 bytes of traffic
 142 instructions of a thread in all, 71 of the integer and compare pipe, 35 of loads, stores and shuffles, and 18 of
 conversions and special functions. The resident threads times the bytes that each has on its way must cover the memory's
-latency. A stream of plain copies reaches about 92 % of the nominal bandwidth, which caps the prediction.
+latency. A stream of plain copies is assumed to reach 92 % of the nominal bandwidth, which caps the prediction.
 
 It is a prediction: caches, the scheduler and the clock are not modelled, and nothing here was measured on a GPU.
 """
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ BUDGET = {"issue": 142.0, "alu": 71.0, "lsu": 35.0, "conversion": 18.0}
 """Instructions of a thread for 16 bytes of traffic at the memory roof of an H100 SXM: 3.35 TB/s, 132 SMs, 1.755 GHz."""
 
 STREAM_SHARE = 0.92
-"""Share of the nominal bandwidth that a plain copy reaches."""
+"""Assumed share of the nominal bandwidth that a plain copy reaches."""
 
 LATENCY_BYTES = 20_000
 """Bytes that one SM must have on its way: 3.35 TB/s / 132 for 800 ns."""
@@ -140,6 +143,15 @@ def predict(code: list[Instruction], used: Resources) -> dict[str, Any]:
     }
 
 
+def compiler() -> str:
+    """Release of the nvcc that is found first, or an empty string: counts hold for one compiler."""
+    path = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if path is None:
+        return ""
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    return text.partition("release ")[2].partition("\n")[0]
+
+
 def report(library: Path, archs: tuple[str, ...] = ARCHS) -> dict[str, Any]:
     """Resources of every kernel by architecture, and the prediction of sm_90a's code."""
     used = {arch: resources(library, arch) for arch in archs}
@@ -155,6 +167,7 @@ def report(library: Path, archs: tuple[str, ...] = ARCHS) -> dict[str, Any]:
         "what": "static counts of machine code; a prediction, nothing was run on a GPU",
         "budget_per_16_bytes": BUDGET,
         "python": platform.python_version(),
+        "compiler": compiler(),
         "kernels": kernels,
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsync.errors import ConfigError
+from wsync.errors import ConfigError, StateError
 from wsync.kernels.ops import Descriptors, PackResult
 from wsync.native import load_extension
 from wsync.plan.descriptors import AMAX_DESC, PACK_DESC, TRANSFORM_DESC, UNPACK_DESC
@@ -62,6 +62,7 @@ class CudaProgram:
         host = torch.from_numpy(program.bytes)
         self._bytes = host.to(device) if len(host) else torch.empty(16, dtype=torch.uint8, device=device)
         self._result = torch.empty(2, dtype=torch.int64, device=device)
+        self._stream: torch.cuda.Stream | None = None
         self.num_launches = len(program.launches)
         self.device_bytes = self._bytes.numel() + 16
 
@@ -77,19 +78,35 @@ class CudaProgram:
             WsyncError: a launch failed; it names CUDA's error.
         """
         with torch.cuda.device(self._device):
-            handle = torch.cuda.current_stream(self._device).cuda_stream if stream is None else stream
-            self._program.run(self._bytes.data_ptr(), base, self._result.data_ptr(), handle)
+            current = torch.cuda.current_stream(self._device)
+            on = current if stream is None else _external_stream(stream, self._device)
+            # Memory that is let go while the kernels run must not be given to work on another stream.
+            self._bytes.record_stream(on)
+            self._result.record_stream(on)
+            self._program.run(self._bytes.data_ptr(), base, self._result.data_ptr(), on.cuda_stream)
+            self._stream = on
 
     def result(self) -> PackResult:
-        """Wait for the last run on torch's current stream and return what it found.
+        """Wait for the last run, on whatever stream it was, and return what it found.
 
         ``bad`` is ``(piece_idx, index)`` for a pack or a transform, ``(descriptor index, index)`` otherwise.
+
+        Raises:
+            StateError: there was no run.
         """
+        if self._stream is None:
+            raise StateError("result() of a program that never ran", hint="call run() first")
+        self._stream.synchronize()
         digest, key = (int(value) & _WORD for value in self._result.cpu().tolist())
         if key == _NO_BAD_KEY:
             return PackResult(digest, None)
         desc_idx, element = key >> _ELEMENT_BITS, key & ((1 << _ELEMENT_BITS) - 1)
         return PackResult(digest, (desc_idx if self._pieces is None else int(self._pieces[desc_idx]), element))
+
+
+def _external_stream(handle: int, device: torch.device) -> torch.cuda.Stream:
+    stream: torch.cuda.Stream = torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+    return stream
 
 
 def compile_pack(descs: Descriptors, device: torch.device) -> CudaProgram:

@@ -58,7 +58,7 @@ def _check_memory(weight: Tensor) -> None:
         )
     if weight.layout != torch.strided:
         raise DtypeMismatchError(f"a weight has the layout torch.strided, but it has {weight.layout}")
-    if weight.device.type == "cpu" and weight.numel():
+    if weight.device.type in ("cpu", "cuda") and weight.numel():
         span = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
         needed = (weight.storage_offset() + span) * weight.element_size()
         held = weight.untyped_storage().nbytes()
@@ -126,11 +126,12 @@ def dequantize(
     check_names(tensors, recipe)
     device = _one_device(tensors)
     chosen = resolve_backend(backend, device)
-    if chosen == "triton":
+    plain = recipe not in OP_OF_RECIPE or recipe == "bf16"
+    if backend == "triton" and not plain:
         raise ConfigError(
-            "backend 'triton' does not dequantize", hint="use backend 'cuda', or move the parts with .to('cpu')"
+            "backend 'triton' does not dequantize", hint="use backend 'cuda', or 'reference', which is plain torch"
         )
-    if chosen == "reference" or recipe not in OP_OF_RECIPE or recipe == "bf16":
+    if chosen in ("reference", "triton") or plain:
         return dequantize_reference(tensors, recipe, dtype)
     check_parts(tensors, recipe)
     ordered = [tensors[name].contiguous() for name in part_names(recipe)]

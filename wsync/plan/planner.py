@@ -117,6 +117,8 @@ def _lay_out_amax(
     of_group: dict[tuple[str, tuple[str, ...]], int] = {}
     elements = 0
     for demand, cls, (weight_idx, *_) in zip(demands, class_of, part_of, strict=True):
+        if not cls.amax:
+            continue  # an empty tensor has no cell, and must not give its place to the next one
         first = elements
         if demand.group:
             first = of_group.setdefault((demand.recipe, demand.group), elements)

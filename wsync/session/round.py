@@ -407,7 +407,10 @@ class Round:
         """Whether every rank of the epoch holds this version's wire bytes, whole and verified."""
         if self._spoiled or self.fault is not None or len(self.packed) < self.members.num_sources:
             return False
-        return all(len(state.voted) == len(self.ranks_of(name)) for name, state in self.replicas.items())
+        return all(
+            len(state.voted) == len(self.ranks_of(name)) and state.outcome != POISONED
+            for name, state in self.replicas.items()
+        )
 
     def _finish(self) -> None:
         if self.state == "running" and self.epoch is not None and self._anchor_every and self._all_hold():

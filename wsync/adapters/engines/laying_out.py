@@ -13,12 +13,15 @@ import torch
 
 from wsync import kernels
 from wsync.adapters.engines.recorder import Recording
-from wsync.errors import ConfigError, DigestError, StateError
+from wsync.errors import CommitError, ConfigError, DigestError, StateError
 from wsync.plan.descriptors import UNPACK_EXPONENT
 from wsync.plan.layouts import Layout
 from wsync.plan.strided import digest_words_of, unpack_descs
 from wsync.session.laststep import LastSteps, Repack
 from wsync.spec.dtypes import itemsize
+
+_MAX_FILL_BYTES = 4
+_EXPONENT_BITS = 0x7F800000
 
 Layouts = Mapping[str, tuple[Layout, torch.Tensor]]
 """Name of a tensor that the loader fills -> its layout in the engine's memory, and that memory."""
@@ -58,6 +61,11 @@ def _laid_out(recording: Recording, idx: int, layout: Layout, memory: torch.Tens
         nonlocal read_back
         if memory.data_ptr() != address:
             raise StateError(f"the memory of {spec.name!r} moved from {address:#x} to {memory.data_ptr():#x}")
+        if layout.op == UNPACK_EXPONENT and bool((plain.contiguous().view(torch.int32) & ~_EXPONENT_BITS).any()):
+            raise CommitError(
+                f"scales of {spec.name!r} are no powers of two",
+                hint="requantise them (transforms), or use the recipe 'fp8_block128'",
+            )
         written = kernels.unpack(descs, plain.data_ptr(), num_threads)
         if read_back and kernels.installed_digest(descs, num_threads) != written:
             raise DigestError(f"what was laid out of {spec.name!r} is not what lies in the engine's memory")
@@ -72,6 +80,10 @@ def _check_fits(recording: Recording, idx: int, layout: Layout, memory: torch.Te
     if tuple(shape) != tuple(layout.shape):
         raise ConfigError(f"the layout of {spec.name!r} is one of {layout.shape}, but the loader fills {shape}")
     plain_bytes = itemsize(spec.dtype)
+    if plain_bytes > _MAX_FILL_BYTES and layout.fills():
+        raise ConfigError(
+            f"the layout of {spec.name!r} pads elements of {plain_bytes} bytes, at most {_MAX_FILL_BYTES} can be filled"
+        )
     if layout.op == UNPACK_EXPONENT:
         if spec.dtype != "float32":
             raise ConfigError(f"exponents are those of float32, but {spec.name!r} is {spec.dtype}")
@@ -83,6 +95,13 @@ def _check_fits(recording: Recording, idx: int, layout: Layout, memory: torch.Te
             f"the layout of {spec.name!r} takes {needed} bytes of CPU memory, but its memory on {memory.device} has "
             f"{held}"
         )
+    begin, end = memory.data_ptr(), memory.data_ptr() + needed
+    for other, at in zip(recording.storages, recording.memory, strict=True):
+        if begin < at.address + other.num_elements * itemsize(other.dtype) and at.address < end:
+            raise ConfigError(
+                f"the layout of {spec.name!r} writes the memory of {other.name!r}, which the loader fills",
+                hint="give the loader a tensor of its own for the plain form",
+            )
 
 
 def _nothing() -> None:

@@ -142,6 +142,25 @@ class LiveMemory:
                 return tuple(tensor.shape)
         return (storage.num_elements,)
 
+    def matrix_at(self, storage: LiveStorage, element: int) -> tuple[str, tuple[int, ...]]:
+        """The smallest live tensor of two or more dimensions that has an element, and the number of its matrix."""
+        best: tuple[str, torch.Tensor, int] | None = None
+        for name in storage.names:
+            tensor = self.tensors[name]
+            at = element - (tensor.data_ptr() - storage.address) // tensor.element_size()
+            has = tensor.dim() > 1 and 0 <= at < _reach(tensor)
+            if has and (best is None or tensor.numel() < best[1].numel()):
+                best = (name, tensor, at)
+        if best is None:
+            return "", ()
+        name, tensor, at = best
+        number: dict[int, int] = {}
+        batch = [dim for dim in range(tensor.dim() - 2) if tensor.shape[dim] > 1]
+        strides = tensor.stride()
+        for dim in sorted(batch, key=lambda d: strides[d], reverse=True):
+            number[dim], at = divmod(at, strides[dim])
+        return name, tuple(number.get(dim, 0) for dim in range(tensor.dim() - 2))
+
     def place(self, tensor: torch.Tensor) -> LivePlace | None:
         """Where a view lies, or None where it reaches outside of every live tensor."""
         below = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1

@@ -15,7 +15,7 @@ from wsync.adapters.engines.standins import StandIn, stand_in_for
 from wsync.adapters.engines.tracking import TrackedMemory
 from wsync.adapters.engines.values import ValueGuard
 from wsync.errors import RecordError, WsyncError
-from wsync.spec.manifest import TensorSpec
+from wsync.spec.manifest import PARAMETER, TensorSpec
 from wsync.spec.recipes import get_recipe, recipe_parts
 
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
@@ -29,6 +29,8 @@ def default_recipe(spec: TensorSpec) -> str:
     """What the trainer declared; else ``bf16`` for bf16 and f32 tensors, ``raw`` for all others."""
     if spec.recipe is not None:
         return spec.recipe
+    if spec.kind != PARAMETER and spec.dtype == "bfloat16":
+        return "raw"  # the same bytes, and buffers may hold anything
     return "bf16" if spec.dtype in ("bfloat16", "float32") else "raw"
 
 

@@ -105,6 +105,12 @@ class Recording:
             return (self.storages[storage_idx].num_elements,)
         return self._live.shape_of(self._live.storages[self._live_idx[storage_idx]])
 
+    def matrix_at(self, storage_idx: int, element: int) -> tuple[str, tuple[int, ...]]:
+        """The live tensor and the number of its matrix that an element of a storage belongs to."""
+        if storage_idx >= len(self._live_idx):
+            return "", ()
+        return self._live.matrix_at(self._live.storages[self._live_idx[storage_idx]], element)
+
     @torch.no_grad()
     def write_constants(self) -> None:
         """Set what the loader sets itself (padding to zero), for an engine that never loaded a checkpoint.

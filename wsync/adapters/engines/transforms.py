@@ -19,6 +19,7 @@ from wsync import kernels
 from wsync.adapters.engines.coverage import Coverage
 from wsync.adapters.engines.recorder import Recording
 from wsync.errors import CommitError, ConfigError, RecipeError
+from wsync.plan.demand import check_column
 from wsync.plan.descriptors import (
     SRC_BF16,
     SRC_F16,
@@ -187,6 +188,8 @@ class _Work:
             )
         if copy.storage_idx >= len(self.recording.storages) - len(self.recording.widened):
             raise ConfigError(f"{copy.tensor!r} is widened into the engine's memory; it cannot be transformed as well")
+        for edge in (copy.box.offset[-1], copy.box.end[-1]):
+            check_column(edge, copy.tensor, recipe.name, f"what {storage.name!r} takes")
         target = self.targets.setdefault(copy.storage_idx, _Target(storage.name))
         parts = {p.role: p for p in recipe_parts(spec.name, spec.shape, spec.dtype, recipe.name)}
         grids = grids_of(recipe, spec.shape)

@@ -38,7 +38,9 @@ def with_recipes(tensors: tuple[TensorSpec, ...], declared: Declared | None) -> 
 
 def _with_recipe(tensor: TensorSpec, declared: Declared) -> TensorSpec:
     if isinstance(declared, str):
-        is_matrix = tensor.kind == PARAMETER and len(tensor.shape) > 1 and tensor.dtype in _FLOATS
+        is_matrix = (
+            tensor.kind == PARAMETER and len(tensor.shape) > 1 and 0 not in tensor.shape and tensor.dtype in _FLOATS
+        )
         recipe = declared if is_matrix else None
     else:
         recipe = declared(tensor) if callable(declared) else declared.get(tensor.name)

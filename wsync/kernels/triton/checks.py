@@ -17,6 +17,7 @@ _SRC_BYTES = {d.SRC_BF16: 2, d.SRC_F16: 2, d.SRC_F32: 4, d.SRC_F32_EXACT: 4, d.S
 _FLOATS = (d.SRC_BF16, d.SRC_F32, d.SRC_F16, d.SRC_F32_EXACT)
 _COPIED = (d.SRC_BYTES, d.SRC_BF16, d.SRC_F16, d.SRC_F32_EXACT, d.SRC_F64)
 _BLOCKS = (d.OP_FP8_BLOCK128, d.OP_FP8_BLOCK128_F32, d.OP_FP8_SCALED)
+_F32_SCALES = (*_BLOCKS, d.OP_FP8_CHANNEL, d.OP_FP8_CHANNEL_SCALED)
 _AMAX_OPS = (d.OP_FP8_BLOCK128, d.OP_FP8_BLOCK128_F32, d.OP_FP8_CHANNEL, d.OP_FP8_TENSOR, d.OP_NVFP4)
 
 
@@ -34,7 +35,14 @@ def check_dtype(descs: Descs, dtype: np.dtype[Any], name: str) -> None:
 
 def _elements(descs: Descs) -> _Mask:
     _refuse(np.asarray((descs["extent"] < 0).any(axis=1)), descs, "extent", "extents are not negative")
+    held = np.prod(descs["extent"].astype(np.float64), axis=1)
+    _refuse(np.asarray(held > 2.0**60), descs, "extent", "a box holds at most 2^60 elements")
     return np.asarray((descs["extent"] > 0).all(axis=1))
+
+
+def _aligned(descs: Descs, where: _Mask, field: str, nbytes: Any) -> None:
+    wrong = where & (descs[field] % np.asarray(nbytes, np.uint64) != 0)
+    _refuse(wrong, descs, field, "addresses are multiples of the size of what lies there")
 
 
 def _phases(descs: Descs, blocks: _Mask) -> None:
@@ -66,6 +74,9 @@ def check_pack(descs: Descs) -> None:
     )
     reads_amax = np.isin(op, (d.OP_FP8_TENSOR, d.OP_NVFP4))
     _refuse(holds & reads_amax & (descs["amax"] == 0), descs, "amax", "it needs an address")
+    _aligned(descs, holds, "src", descs["elem_bytes"])
+    _aligned(descs, holds & reads_amax, "amax", 4)
+    _aligned(descs, holds & np.isin(op, _F32_SCALES), "scales", 4)
 
 
 def check_amax(descs: Descs) -> None:
