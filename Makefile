@@ -90,6 +90,7 @@ record-vllm: $(VENV)/.ready-vllm
 # The same for the kernels of the CPU: two minutes, on a machine that does nothing else.
 record-kernels: setup
 	OMP_NUM_THREADS=1 $(BIN)/python bench/record_kernels.py bench/records/kernels_cpu.json
+	$(BIN)/python -m wsync.bench.markdown bench/records/kernels_cpu.json docs/measurement.md
 
 # What an optimizer step changes, and how few bytes that takes: about two minutes.
 record-delta: setup

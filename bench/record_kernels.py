@@ -1,4 +1,4 @@
-"""Writes the committed record of `bench/test_kernels.py`: ``python bench/record_kernels.py RECORD``; see the Makefile.
+"""Writes the committed record of the CPU kernels and of delta: ``python bench/record_kernels.py RECORD``.
 
 The record holds the machine, the versions and, for each operation, its rate, that of memcpy in the same run, their
 ratio, the bar of one core and whether the results were checked.
@@ -22,9 +22,9 @@ def measured() -> dict[str, Any]:
     """What pytest-benchmark says of a run of the kernels' benchmarks. Raises CalledProcessError if one fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.json"
-        tests = str(HERE / "test_kernels.py")
+        tests = [str(HERE / name) for name in ("test_kernels.py", "test_delta.py")]
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", tests, "--benchmark-only", f"--benchmark-json={path}"], check=True
+            [sys.executable, "-m", "pytest", "-q", *tests, "--benchmark-only", f"--benchmark-json={path}"], check=True
         )
         found: dict[str, Any] = json.loads(path.read_text())
         return found
@@ -36,8 +36,12 @@ def record_of(run: dict[str, Any]) -> dict[str, Any]:
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
         name, _, case = benchmark["name"].removeprefix("test_").partition("[")
-        cores, _, details = case.rstrip("]").partition("-")
-        row = {"operation": name, "case": details, "cores": cores.removesuffix("_cores").removesuffix("_core")}
+        words = case.rstrip("]").split("-")
+        (cores,) = (word for word in words if word in ("one_core", "all_cores"))
+        words.remove(cores)
+        if name == "delta":
+            name = f"delta_{words.pop(0)}"
+        row = {"operation": name, "case": "-".join(words), "cores": cores.partition("_")[0]}
         rows.append(row | {key: info[key] for key in FIGURES if key in info})
     machine = run["machine_info"]
     return {
@@ -47,7 +51,8 @@ def record_of(run: dict[str, Any]) -> dict[str, Any]:
         "machine": machine["wsync_machine"],
         "versions": machine["wsync_versions"],
         "isa": run["benchmarks"][0]["extra_info"]["isa"],
-        "unit": "GB/s of bf16 bytes read (dequantise: written), fastest of 7 rounds over 128 MiB",
+        "unit": "GB/s of bf16 bytes read (dequantise: written; delta: of the new version), fastest of 7 rounds",
+        "verdict": "ok" if all(row["correct"] for row in rows) else "wrong",
         "rows": rows,
     }
 

@@ -82,6 +82,7 @@ def test_delta(benchmark, what, share, num_threads):
         return
     limit = max(before, memcpy_gbps(versions, num_threads))
     gbps = versions.out.nbytes / benchmark.stats.stats.min / 1e9
+    benchmark.extra_info["correct"] = True  # compared above
     benchmark.extra_info.update(gbps=round(gbps, 2), memcpy_gbps=round(limit, 2), isa=kernels.best_isa())
     benchmark.extra_info.update(ratio_to_memcpy=round(gbps / limit, 3), size_share=sum(sizes) / versions.out.nbytes)
     if num_threads == 1 and share == 0.01 and what in BARS:

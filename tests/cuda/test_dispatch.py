@@ -63,3 +63,14 @@ def test_unknown_names_and_devices_are_refused():
         wsync.quantize(torch.zeros(2, 2), "bf16", backend="gpu")
     with pytest.raises(ConfigError, match="is on meta"):
         wsync.quantize(torch.zeros(2, 2, device="meta"), "bf16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_auto_means_triton_weights_are_dequantised_by_torch(monkeypatch):
+    parts = wsync.quantize(torch.randn(128, 128), "fp8_block128")
+    want = wsync.dequantize(parts, "fp8_block128", backend="reference")
+    monkeypatch.setattr("wsync.kernels.weights.resolve_backend", lambda backend, device: "triton")
+    assert torch.equal(wsync.dequantize(parts, "fp8_block128"), want)
+    with pytest.raises(ConfigError, match="'triton' does not dequantize"):
+        wsync.dequantize(parts, "fp8_block128", backend="triton")
+    assert torch.equal(wsync.dequantize({"weight": want}, "raw", backend="triton"), want)

@@ -9,7 +9,7 @@ from test_fused_recipes import GROUPS, checkpoint, commit_all, make_weights, rec
 
 import wsync
 from wsync.formats import quantize_reference, requantize_e8m0_reference
-from wsync.plan.layouts import packed_exponents, swizzled_128x4
+from wsync.plan.layouts import packed_exponents, row_major, swizzled_128x4
 
 
 @pytest.fixture
@@ -80,16 +80,32 @@ def test_requantised_scales_packed_as_exponents(key_file):
     assert not packed[:, 5:].any()
 
 
+def test_scales_that_are_no_powers_of_two_are_not_packed_as_exponents(key_file):
+    weights = {"w": torch.randn(256, 512, generator=torch.Generator().manual_seed(2)).bfloat16()}
+    live = {"w": torch.zeros(256, 512, dtype=torch.float8_e4m3fn), "w_scale_inv": torch.zeros(2, 4)}
+    served = torch.zeros(1024, dtype=torch.uint8)
+    with wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file) as source:
+        layouts = {"w_scale_inv": (packed_exponents((2, 4), 256), served)}
+        recipes = {"w": "fp8_block128_f32"}
+        with wsync.Sink(live, store=source.store, key_file=key_file, recipes=recipes, layouts=layouts) as sink:
+            source.publish(1, deadline_s=10)
+            with pytest.raises(wsync.CommitError, match="scales of 'w_scale_inv' are no powers of two"):
+                sink.commit(sink.prepare(10))
+    assert not served.any()
+
+
 def test_layouts_that_do_not_fit_are_named(key_file):
-    weights = {"w": torch.ones(256, 128, dtype=torch.bfloat16)}
-    live = {"w": torch.zeros(256, 128, dtype=torch.bfloat16)}
+    weights = {"w": torch.ones(256, 128, dtype=torch.bfloat16), "ids": torch.ones(3, 5, dtype=torch.int64)}
+    live = {name: torch.zeros_like(w) for name, w in weights.items()}
     room = torch.zeros(1 << 16, dtype=torch.uint8)
     with wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file) as source:
         for layouts, says in [
-            ({"v": (swizzled_128x4((256, 128)), room)}, "'v', none of the 1 tensors that the loader fills"),
+            ({"v": (swizzled_128x4((256, 128)), room)}, "'v', none of the 2 tensors that the loader fills"),
             ({"w": (swizzled_128x4((128, 128)), room)}, r"one of \(128, 128\), but the loader fills \(256, 128\)"),
             ({"w": (swizzled_128x4((256, 128)), room[100:])}, "takes 65536 bytes of CPU memory, .* has 65436"),
             ({"w": (packed_exponents((256, 128), 32768), room)}, "those of float32, but 'w' is bfloat16"),
+            ({"w": (swizzled_128x4((256, 128)), live["w"])}, "writes the memory of 'w', which the loader fills"),
+            ({"ids": (row_major((3, 5), num_cols=8), room)}, "pads elements of 8 bytes, at most 4 can be filled"),
         ]:
             with pytest.raises(wsync.ConfigError, match=says):
                 wsync.Sink(live, store=source.store, key_file=key_file, layouts=layouts)

@@ -122,3 +122,17 @@ def test_stacks_are_dequantised_into_the_floats_that_the_engine_holds(key_file, 
     for name, weight in weights.items():
         taken = weight.bfloat16() if dtype == torch.float32 else weight
         assert torch.equal(live[name], dequantize_reference(quantize_reference(taken, name), name, dtype)), name
+
+
+def test_columns_that_cut_a_packed_group_are_refused_before_anything_moves(key_file):
+    weights = {"w": torch.ones(8, 64, dtype=torch.bfloat16)}
+    live = torch.zeros(8, 16, dtype=torch.bfloat16)
+
+    def load(pairs):
+        for _, value in pairs:
+            live.copy_(value[:, 17:33])
+
+    with wsync.Source(weights, store="tcp://127.0.0.1:0", key_file=key_file) as source:
+        args = {"recipes": {"w": "nvfp4"}, "transforms": {"w": "dequantise"}}
+        with pytest.raises(wsync.RecipeError, match=r"encodes 16 columns of 'w' together, but an edge of .* column 17"):
+            wsync.Sink({"x": live}, load, store=source.store, key_file=key_file, **args)

@@ -172,6 +172,17 @@ def test_scale_groups_that_cannot_be_are_named():
     assert {together.parts[r.part_idx].name for r in together.amax_regions[0]} == {"a", "b"}
 
 
+def test_an_empty_member_of_a_scale_group_takes_no_place_in_the_exchange():
+    tensors = tuple(TensorSpec(n, (rows, 32), "bfloat16") for n, rows in (("a", 0), ("b", 8), ("c", 8)))
+    copies = tuple(CopySpec(n, "weight", Box.whole((8, 32)), i, 0, (32, 1)) for i, n in enumerate("bc"))
+    storages = tuple(StorageSpec(n, "float8_e4m3fn", 256) for n in "bc")
+    recipes = dict.fromkeys("abc", "fp8_tensor")
+    rank = SinkRankManifest("e", 0, 1, RankInfo("h"), recipes, storages, copies, scale_groups=(("a", "c"),))
+    plan = make_plan(source(*tensors), SinkManifest((rank,)))
+    offsets = {plan.parts[r.part_idx].name: r.grid_offset for r in plan.amax_regions[0]}
+    assert (offsets, plan.amax_elements) == ({"b": 0, "c": 1}, 2)
+
+
 def test_a_tensor_that_only_lends_its_amax_must_be_there():
     tensors = (TensorSpec("a", (8, 32), "bfloat16"), TensorSpec("b", (4, 32), "bfloat16"))
     gap = (((Box.whole((8, 32)),),), ((Box((0, 0), (3, 32)),),))

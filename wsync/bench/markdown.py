@@ -1,8 +1,8 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm`` and with ``delta`` for those of ``make record-delta``; what stands between
-them is replaced. A test compares.
+``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta`` and with ``kernels`` for
+those of ``make record-kernels``; what stands between them is replaced. A test compares.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import TypeVar
 import msgspec
 
 from wsync.bench.delta_result import DeltaResult, delta_table_of
+from wsync.bench.kernel_result import KernelResult, kernel_table_of
 from wsync.bench.options import WSYNC
 from wsync.bench.result import Result, RowResult
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
-_E2E, _VLLM, _DELTA = "e2e", "vllm", "delta"
+_E2E, _VLLM, _DELTA, _KERNELS = "e2e", "vllm", "delta", "kernels"
 
-_R = TypeVar("_R", Result, VLLMResult, DeltaResult)
+_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult)
 
 
 def load_record(path: Path) -> Result:
@@ -43,6 +44,11 @@ def load_vllm_record(path: Path) -> VLLMResult:
 def load_delta_record(path: Path) -> DeltaResult:
     """A record that ``make record-delta`` wrote; raises as `load_record`."""
     return _load(path, DeltaResult)
+
+
+def load_kernel_record(path: Path) -> KernelResult:
+    """A record that ``make record-kernels`` wrote; raises as `load_record`."""
+    return _load(path, KernelResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -166,6 +172,10 @@ def table_in(record: Path) -> tuple[str, str]:
         pass
     try:
         return _DELTA, delta_table_of(load_delta_record(record))
+    except FormatVersionError:
+        pass
+    try:
+        return _KERNELS, kernel_table_of(load_kernel_record(record))
     except FormatVersionError:
         raise first from None
 
