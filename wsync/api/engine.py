@@ -99,7 +99,8 @@ class EngineSide:
         """The manifest with the scale groups that were given, or that follow from the engine's layout."""
         groups = self._groups
         if groups is None:
-            groups = fused_groups(manifest, recording.matrix_at)
+            # A recording that an engine makes itself is asked only where a recipe needs it.
+            groups = fused_groups(manifest, lambda idx, element: recording.matrix_at(idx, element))
         return structs.replace(manifest, scale_groups=groups)
 
     def _wanted_transforms(self, tensors: tuple[TensorSpec, ...]) -> dict[str, str]:
