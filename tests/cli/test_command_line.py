@@ -95,6 +95,7 @@ def test_version_is_that_of_the_package(capsys):
     ("argv", "words"),
     [
         (["bench", "e2e", "--recipes", "fp9"], "'fp9' is unknown; known are bf16"),
+        (["bench", "e2e", "--recipes", "bf16,nvfp4"], "holds bf16, fp8_block128, fp8_block128_f32, but recipe 'nvfp4'"),
         (["bench", "e2e", "--baselines", "floppy"], "'floppy' is unknown; known are disk"),
         (["bench", "e2e", "--trainers", "0"], "--trainers is 0"),
         (["bench", "e2e", "--deadline", "-1"], "--deadline is -1"),

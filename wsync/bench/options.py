@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from wsync.errors import ConfigError
+from wsync.spec.recipes import RECIPES as ALL_RECIPES
 
 RECIPES = ("bf16", "fp8_block128", "fp8_block128_f32")
 """Recipes that have rows, in the order of the table: those in which the benchmark's engine can hold its weights."""
@@ -133,6 +134,20 @@ def parse_names(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]
         got = unknown[0] if unknown else text
         raise ConfigError(f"{what} {got!r} is unknown; known are {', '.join(known)}")
     return tuple(name for name in known if name in names)
+
+
+def parse_recipes(text: str) -> tuple[str, ...]:
+    """A comma-separated list of `RECIPES`.
+
+    Raises:
+        ConfigError: a recipe is not known, or the benchmark's engine has no layers that hold it.
+    """
+    for name in (part.strip() for part in text.split(",")):
+        if name in ALL_RECIPES and name not in RECIPES:
+            raise ConfigError(
+                f"the engine of wsync bench e2e holds {', '.join(RECIPES)}, but recipe {name!r} was asked for"
+            )
+    return parse_names(text, RECIPES, "recipe")
 
 
 def parse_baselines(text: str) -> tuple[str, ...]:

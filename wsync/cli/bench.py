@@ -19,6 +19,7 @@ from wsync.bench.options import (
     parse_baselines,
     parse_fault,
     parse_names,
+    parse_recipes,
 )
 from wsync.bench.vllm_options import MODES, VLLMOptions, check_options
 from wsync.cli.output import EXIT_FAILED, EXIT_OK, check_writable, stderr_console, stdout_console, write_json
@@ -167,7 +168,7 @@ def _request(args: argparse.Namespace) -> Request:
         model_name=model_name,
         num_trainers=args.trainers,
         num_engines=args.engines,
-        recipes=parse_names(args.recipes, RECIPES, "recipe"),
+        recipes=parse_recipes(args.recipes),
         baselines=parse_baselines(args.baselines),
         repeats=args.repeats,
         transport=args.transport,
