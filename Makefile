@@ -61,7 +61,9 @@ test-wheel: dist
 	cp $(WHEEL_VENV)/dependencies.txt $$($(WHEEL_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/dependencies.pth
 	$(WHEEL_VENV)/bin/pip install --quiet --no-deps --no-index dist/*.whl
 	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider $(SHARED) \
-	  -m "not deep and not gpu and not multiproc" --ignore=tests/triton $(PYTEST_ARGS)
+	  -m "not deep and not gpu and not multiproc" $(filter-out tests/emulator,$(COMPUTING)) $(PYTEST_ARGS)
+	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider \
+	  -m "not deep and not gpu and not multiproc" tests/contract tests/multirank tests/cli $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

@@ -227,6 +227,7 @@ def test_the_source_says_which_replicas_are_there(source, key_file):
             wsync.Sink(make() | {"extra": torch.zeros(2)}, store=source.store, key_file=key_file, replica="odd")
         assert source.replicas()["a"] == ReplicaStatus(1, (0,), True, False, False, {})
         assert source.replicas()["b"] == ReplicaStatus(2, (1,), False, False, False, {})
+        wait_until(lambda: source.replicas()["odd"].refused)  # its word is on the way when its constructor raises
         assert "extra" in source.replicas()["odd"].refused[0]
         assert not source.replicas()["odd"].complete
     wait_until(lambda: source.replicas().keys() == {"odd"})
