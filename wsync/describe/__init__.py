@@ -1,0 +1,1 @@
+"""Manifests from model configs, checkpoint headers and parallel layouts, without running the job."""

@@ -1,0 +1,1 @@
+"""The cluster simulator: a plan, event by event, on machines that need not exist."""
