@@ -1,7 +1,8 @@
 """Demand groups, and the flows that serve them: a plan factored by class, as small as the classes are few.
 
 Nothing here lists tensors one by one. Tensors of one class share their units; a flow says which units of which members
-of a class a trainer rank sends along which tree. Ranks expand their own flows into buckets and pieces (`wsync.plan.slices`).
+of a class a trainer rank sends along which tree. Ranks expand their own flows into buckets and pieces
+(`wsync.plan.slices`).
 """
 
 from __future__ import annotations

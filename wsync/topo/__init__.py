@@ -1,1 +1,1 @@
-"""The topology checker: what links the GPUs and NICs of a machine, whether that is as it should be, and what follows."""
+"""The topology checker: what links a machine's GPUs and NICs, whether that is as it should be, and what follows."""
