@@ -1,0 +1,206 @@
+"""The event loop: buckets that queue for resources, first come, first served.
+
+A *resource* serves one bucket at a time: ``alpha_s + bytes / rate``. A bucket that crosses several resources on one hop
+(a port out, a shared link, a port in) occupies each for that resource's own time and passes through without being
+stored (virtual cut-through): the next resource may begin as soon as the last one has begun, and the hop ends when all
+have ended. Between hops a bucket is stored whole and forwarded.
+
+Why a queue and not max-min fair shares: both keep every busy resource busy, so they move the same bytes in the same
+time; a queue keeps the order that the plan chose, which is what a transport does with it, and costs one event for each
+bucket and resource where fair shares cost a fixed point over all flows for each event.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+from typing import Any
+
+Path = tuple[int, ...]
+"""Resources that one hop occupies, in order."""
+
+
+class Job:
+    """One bucket on its way over one hop, or in one local step.
+
+    Attributes:
+        owner: what the bucket belongs to; the engine does not look inside.
+        tag: which hop or step of it.
+        path: its resources.
+        nbytes: that every one of them serves.
+        left: resources that have not ended yet.
+        dead: it was cancelled; what it occupies runs out.
+    """
+
+    __slots__ = ("dead", "left", "nbytes", "owner", "path", "tag")
+
+    def __init__(self, owner: Any, tag: int, path: Path, nbytes: int) -> None:
+        self.owner = owner
+        self.tag = tag
+        self.path = path
+        self.nbytes = nbytes
+        self.left = len(path)
+        self.dead = False
+
+
+Done = Callable[[Job, float], None]
+"""Told of every job that has ended, with the time in seconds."""
+
+
+class Resource:
+    """What happened to one resource.
+
+    Attributes:
+        name: for reports.
+        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host`` or ``link``.
+        rate: bytes per second.
+        alpha_s: seconds that each service costs beside its bytes.
+        busy_s, nbytes, services: what it did.
+        spans: busy times as [begin, end, busy seconds], close ones merged.
+    """
+
+    __slots__ = ("alpha_s", "busy_s", "kind", "name", "nbytes", "rate", "services", "spans")
+
+    def __init__(self, name: str, kind: str, rate: float, alpha_s: float) -> None:
+        self.name = name
+        self.kind = kind
+        self.rate = rate
+        self.alpha_s = alpha_s
+        self.busy_s = 0.0
+        self.nbytes = 0
+        self.services = 0
+        self.spans: list[list[float]] = []
+
+
+class Engine:
+    """A clock, resources with queues, and what is under way.
+
+    Args:
+        resources: that jobs name by index.
+        done: called for every job that ends; it may submit others.
+        merge_s: idle time below which two busy times are one span.
+        jitter: each service takes its time times a number drawn evenly from ``1 - jitter`` to ``1 + jitter``.
+        seed: of those draws.
+    """
+
+    def __init__(
+        self, resources: list[Resource], done: Done, *, merge_s: float = 0.0, jitter: float = 0.0, seed: int = 0
+    ) -> None:
+        self.resources = resources
+        self.now_s = 0.0
+        self.num_events = 0
+        self._done = done
+        self._merge_s = merge_s
+        self._jitter = jitter
+        self._draw = random.Random(seed).random  # not for secrets: equal seeds must give equal runs
+        self._heap: list[tuple[float, int, int]] = []
+        self._timers: dict[int, Callable[[float], None]] = {}
+        self._sequence = 0
+        self._serving: list[tuple[Job, int] | None] = [None] * len(resources)
+        self._queues: list[deque[tuple[Job, int]]] = [deque() for _ in resources]
+        self._lost: set[int] = set()
+
+    def at(self, time_s: float, call: Callable[[float], None]) -> None:
+        """Call ``call`` with the time at ``time_s``."""
+        self._sequence += 1
+        self._timers[self._sequence] = call
+        heappush(self._heap, (time_s, self._sequence, -1))
+
+    def submit(self, job: Job) -> None:
+        """Let a job queue for the first resource of its path, now. A job without a path ends at once."""
+        if not job.path:
+            self._done(job, self.now_s)
+            return
+        first = job.path[0]
+        if self._serving[first] is None:
+            self._begin(first, job, 0, self.now_s)
+        else:
+            self._queues[first].append((job, 0))
+
+    def run(self) -> float:
+        """Run until nothing is left, and return the time of the last event."""
+        heap, serving, queues, lost = self._heap, self._serving, self._queues, self._lost
+        while heap:
+            now, number, r = heappop(heap)
+            self.now_s = now
+            if r < 0:
+                self._timers.pop(number)(now)
+                continue
+            entry = serving[r]
+            if entry is None or r in lost:
+                continue
+            serving[r] = None
+            queue = queues[r]
+            while queue:
+                job, position = queue.popleft()
+                if not job.dead:
+                    self._begin(r, job, position, now)
+                    break
+            job = entry[0]
+            job.left -= 1
+            if not job.left and not job.dead:
+                self._done(job, now)
+        self.num_events = self._sequence
+        return self.now_s
+
+    def _begin(self, r: int, job: Job, position: int, now: float) -> None:
+        """Serve a job at ``r``, and let it queue for what follows; go on as long as that is idle."""
+        path, nbytes = job.path, job.nbytes
+        last = len(path) - 1
+        while True:
+            resource = self.resources[r]
+            seconds = resource.alpha_s + nbytes / resource.rate
+            if self._jitter:
+                seconds *= 1.0 + self._jitter * (2.0 * self._draw() - 1.0)
+            self._serving[r] = (job, position)
+            self._sequence += 1
+            end = now + seconds
+            heappush(self._heap, (end, self._sequence, r))
+            resource.busy_s += seconds
+            resource.nbytes += nbytes
+            resource.services += 1
+            spans = resource.spans
+            if spans and now - spans[-1][1] <= self._merge_s:
+                spans[-1][1] = end
+                spans[-1][2] += seconds
+            else:
+                spans.append([now, end, seconds])
+            if position == last:
+                return
+            position += 1
+            r = path[position]
+            if self._serving[r] is not None:
+                self._queues[r].append((job, position))
+                return
+
+    def lose(self, lost: set[int]) -> None:
+        """Resources that serve nothing any more. Cancel what waits for them first."""
+        self._lost |= lost
+        for r in lost:
+            self._queues[r].clear()
+            self._serving[r] = (Job(None, 0, (r,), 0), 0)  # never idle again
+            self._truncate(r)
+
+    def _truncate(self, r: int) -> None:
+        spans = self.resources[r].spans
+        if spans and spans[-1][1] > self.now_s:
+            cut = spans[-1][1] - self.now_s
+            self.resources[r].busy_s -= cut
+            spans[-1][1:] = [self.now_s, spans[-1][2] - cut]
+
+    def cancel(self, lost: Callable[[Job], bool]) -> list[Job]:
+        """Cancel all jobs under way for which ``lost`` holds, and return them, each once, in a fixed order."""
+        found = [job for job in self._under_way() if lost(job)]
+        for job in found:
+            job.dead = True
+        return found
+
+    def _under_way(self) -> Iterator[Job]:
+        seen: set[int] = set()
+        for entry, queue in zip(self._serving, self._queues, strict=True):
+            for job, _ in [*([entry] if entry else []), *queue]:
+                if not job.dead and job.owner is not None and id(job) not in seen:
+                    seen.add(id(job))
+                    yield job
