@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from wsync.plan.nodes import nodes_of
 from wsync.sim.engine import Engine, Job, Resource
-from wsync.sim.fabric import Fabric, Place
+from wsync.sim.fabric import Fabric
 from wsync.sim.sync import Sync
 from wsync.sim.work import Road, Stream, Work
 from wsync.spec.cluster import Cluster, Link, Nic, NodeGroup
@@ -30,13 +31,14 @@ def machines(count, *, name="n", nics=1, rate=1.0, gpus=0, **rates):
 
 def make_work(cluster, sources, sinks, flows, *, replicas=None, **options):
     """Flows are (rank, hops as (slot, slot, rail), sinks by slot, bytes, buckets)."""
-    fabric = Fabric([name for g in cluster.groups for name in g.node_names], cluster)
-    sources, sinks = [Place(*s) for s in sources], [Place(*s) for s in sinks]
+    names = [name for g in cluster.groups for name in g.node_names]
+    nodes = nodes_of([names[i] for i in sources], [names[i] for i in sinks], cluster)
+    fabric = Fabric(nodes)
     streams = [
-        Stream(rank, 0, Road(fabric, sources[rank], hops, (-1, *at), sinks), nbytes, count)
+        Stream(rank, 0, Road(fabric, nodes.sources[rank], hops, (-1, *at), nodes.sinks), nbytes, count)
         for rank, hops, at, nbytes, count in flows
     ]
-    return Work(fabric, sources, sinks, replicas or [f"r{i}" for i in range(len(sinks))], streams, **options)
+    return Work(fabric, replicas or [f"r{i}" for i in range(len(sinks))], streams, **options)
 
 
 @pytest.mark.parametrize("hops", [1, 2, 5, 16])
@@ -45,9 +47,7 @@ def test_a_chain_takes_what_the_formula_says(hops, buckets):
     nbytes, alpha_s = 10**9, 1e-3
     cluster = Cluster((machines(hops + 1),), alpha_s=alpha_s)
     chain = [(i, i + 1, 0) for i in range(hops)]
-    work = make_work(
-        cluster, [(0, -1)], [(i + 1, -1) for i in range(hops)], [(0, chain, range(hops), nbytes, buckets)]
-    )
+    work = make_work(cluster, [0], [i + 1 for i in range(hops)], [(0, chain, range(hops), nbytes, buckets)])
     # Memory of nodes without GPUs costs alpha too; the formula knows only the wire.
     for resource in work.fabric.resources:
         if resource.kind == "host":
@@ -59,13 +59,11 @@ def test_a_chain_takes_what_the_formula_says(hops, buckets):
 
 
 @pytest.mark.parametrize("buckets", [1, 4, 50])
-@pytest.mark.parametrize(
-    "rates", [{"pcie": 5.0, "hbm": 30.0}, {"pcie": 0.5, "hbm": 30.0}, {"pcie": 5.0, "hbm": 2.0}]
-)
+@pytest.mark.parametrize("rates", [{"pcie": 5.0, "hbm": 30.0}, {"pcie": 0.5, "hbm": 30.0}, {"pcie": 5.0, "hbm": 2.0}])
 def test_a_pipeline_takes_its_slowest_stage_and_a_bucket_of_the_others(buckets, rates):
     nbytes = 10**9
     cluster = Cluster((machines(2, gpus=1, **rates),), alpha_s=0.0)
-    work = make_work(cluster, [(0, 0)], [(1, 0)], [(0, [(0, 1, 0)], [0], nbytes, buckets)], offloaded=True)
+    work = make_work(cluster, [0], [1], [(0, [(0, 1, 0)], [0], nbytes, buckets)], offloaded=True)
     seconds = Sync(work, in_place=True).run()
     # gather over PCIe; pack reads and writes; the wire at 1 GB/s; install reads and writes
     stages = [1 / rates["pcie"], 2 / rates["hbm"], 1.0, 2 / rates["hbm"]]
@@ -75,14 +73,14 @@ def test_a_pipeline_takes_its_slowest_stage_and_a_bucket_of_the_others(buckets, 
 def test_two_senders_share_the_port_of_one_receiver():
     cluster = Cluster((machines(3),), alpha_s=0.0)
     flows = [(rank, [(0, 1, 0)], [0], 10**9, 100) for rank in (0, 1)]
-    work = make_work(cluster, [(0, -1), (1, -1)], [(2, -1)], flows)
+    work = make_work(cluster, [0, 1], [2], flows)
     assert Sync(work).run() == pytest.approx(2.0, rel=0.01)
 
 
 def test_both_directions_of_a_port_are_used_at_once():
     cluster = Cluster((machines(2),), alpha_s=0.0)
     flows = [(0, [(0, 1, 0)], [1], 10**9, 100), (1, [(0, 1, 0)], [0], 10**9, 100)]
-    work = make_work(cluster, [(0, -1), (1, -1)], [(0, -1), (1, -1)], flows)
+    work = make_work(cluster, [0, 1], [0, 1], flows)
     assert Sync(work).run() == pytest.approx(1.0, rel=0.01)
 
 
@@ -90,27 +88,27 @@ def test_a_shared_link_carries_what_all_nodes_together_send():
     groups = (machines(4, name="a"), machines(4, name="b"))
     cluster = Cluster(groups, (Link("wan", ("a",), ("b",), 2.0),), alpha_s=0.0)
     flows = [(rank, [(0, 1, 0)], [rank], 10**9, 50) for rank in range(4)]
-    work = make_work(cluster, [(i, -1) for i in range(4)], [(4 + i, -1) for i in range(4)], flows)
+    work = make_work(cluster, range(4), [4 + i for i in range(4)], flows)
     assert Sync(work).run() == pytest.approx(2.0, rel=0.01)
 
 
 def test_a_gpu_reaches_the_other_ports_of_its_node_over_nvlink():
     cluster = Cluster((machines(2, nics=2, gpus=2, nvlink=0.5),), alpha_s=0.0)
-    own = make_work(cluster, [(0, 0)], [(1, 0)], [(0, [(0, 1, 0)], [0], 10**9, 50)])
-    other = make_work(cluster, [(0, 0)], [(1, 0)], [(0, [(0, 1, 1)], [0], 10**9, 50)])
+    own = make_work(cluster, [0], [1], [(0, [(0, 1, 0)], [0], 10**9, 50)])
+    other = make_work(cluster, [0], [1], [(0, [(0, 1, 1)], [0], 10**9, 50)])
     assert Sync(own).run() == pytest.approx(1.0, rel=0.01)
     assert Sync(other).run() == pytest.approx(2.0, rel=0.01)
 
 
 def test_a_domain_across_nodes_needs_no_port():
     cluster = Cluster((machines(4, nics=1, rate=0.001, gpus=2, nvlink=1.0, domain=4),), alpha_s=0.0)
-    inside = make_work(cluster, [(0, 0)], [(1, 1)], [(0, [(0, 1, -1)], [0], 10**9, 50)])
+    inside = make_work(cluster, [0], [1], [(0, [(0, 1, -1)], [0], 10**9, 50)])
     assert Sync(inside).run() == pytest.approx(1.0, rel=0.01)
 
 
 def test_scaled_buckets_wait_for_the_amaxes():
     cluster = Cluster((machines(2),), alpha_s=0.0)
-    work = make_work(cluster, [(0, -1)], [(1, -1)], [(0, [(0, 1, 0)], [0], 10**9, 50)], amax_s=3.0)
+    work = make_work(cluster, [0], [1], [(0, [(0, 1, 0)], [0], 10**9, 50)], amax_s=3.0)
     work.streams[0].waits = True
     assert Sync(work).run() == pytest.approx(4.0, rel=0.01)
 
@@ -129,7 +127,7 @@ def test_a_service_begins_when_the_one_before_has_ended():
 def test_equal_seeds_give_equal_runs_and_jitter_keeps_the_mean():
     def once(seed):
         cluster = Cluster((machines(2),), alpha_s=0.0)
-        work = make_work(cluster, [(0, -1)], [(1, -1)], [(0, [(0, 1, 0)], [0], 10**9, 400)])
+        work = make_work(cluster, [0], [1], [(0, [(0, 1, 0)], [0], 10**9, 400)])
         return Sync(work, jitter=0.3, seed=seed).run()
 
     assert once(1) == once(1)

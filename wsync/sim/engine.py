@@ -54,7 +54,7 @@ class Resource:
 
     Attributes:
         name: for reports.
-        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host`` or ``link``.
+        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host``, ``core`` or ``link``.
         rate: bytes per second.
         alpha_s: seconds that each service costs beside its bytes.
         busy_s, nbytes, services: what it did.

@@ -1,7 +1,7 @@
 """What fails while an update is under way, and how it goes on.
 
 A port that fails takes the buckets that cross it along; they are sent again over another port of the node once the
-failure is noticed. A node that fails, or has lost its last port, takes its replicas along. Whoever had received from it
+failure is noticed. A node that fails, or with a rank that has lost its last port, takes its replicas along. Whoever had received from it
 receives from the next node up its tree. Without a trainer node nothing more can be packed: the update ends for all
 replicas that had not got everything.
 """
@@ -35,23 +35,30 @@ class Faults:
         self.resent = 0
         self.adopted = 0
 
-    def schedule_port(self, node: int, nic: int, time_s: float) -> None:
-        """One port of a node fails, both directions."""
-        self._sync.engine.at(time_s, lambda now: self._lose_port(node, nic, now))
+    def schedule_port(self, node: int, number: int, time_s: float) -> None:
+        """One port of a node fails, both directions.
+
+        Raises:
+            ConfigError: the node has no such port.
+        """
+        nic = self._fabric.port_index(node, number)
+        self._sync.engine.at(time_s, lambda now: self._lose_port(nic, now))
 
     def schedule_node(self, node: int, time_s: float) -> None:
         """A whole node fails."""
-        name = self._fabric.names[node]
+        name = self._fabric.nodes.names[node]
         self._sync.engine.at(time_s, lambda now: self._lose_node(node, now, f"node {name} failed"))
 
-    def _lose_port(self, node: int, nic: int, now: float) -> None:
-        name = self._fabric.names[node]
+    def _lose_port(self, nic: int, now: float) -> None:
+        node = self._fabric.nodes.nics[nic].node
+        name = self._fabric.nodes.names[node]
         if node in self._lost_nodes:
             return
-        lost = self._fabric.lose_port(node, nic)
-        self.log.append((now, f"port {nic} of node {name} failed"))
-        if self._fabric.is_cut_off(node) and len(self._fabric.names) > 1:
-            self._lose_node(node, now, f"node {name} lost its last port")
+        lost = self._fabric.lose_port(nic)
+        self.log.append((now, f"port {self._fabric.nodes.nics[nic].slot} of node {name} failed"))
+        lanes = [*self._sync.work.sources, *self._sync.work.sinks]
+        if any(lane.node == node and self._fabric.is_cut_off(lane) for lane in lanes):
+            self._lose_node(node, now, f"node {name} has a rank without a port")
             return
         jobs = self._cut(lost)
         for road in self._roads():
@@ -66,12 +73,12 @@ class Faults:
         self.log.append((now, words))
         self._cut(self._fabric.lose_node(node))
         sync = self._sync
-        gone = {i for i, place in enumerate(sync.work.sinks) if place.node == node}
+        gone = {i for i, lane in enumerate(sync.work.sinks) if lane.node == node}
         sync.lost_sinks |= gone
         for replica in sync.replicas.values():
             if gone & set(replica.sinks):
                 sync.drop(replica, words)
-        if any(place.node == node for place in sync.work.sources):
+        if any(lane.node == node for lane in sync.work.sources):
             self._lose_trainer(words)
         sync.engine.at(now + self._detect_s, lambda _: self._adopt())
 
@@ -108,9 +115,7 @@ class Faults:
         """Give every slot whose sender is gone the next one up that lives, and let that one send what is missing."""
         moved: dict[int, list[int]] = {}
         for road in self._roads():
-            slots = self._orphans(road)
-            for slot in slots:
-                self._move(road, slot)
+            slots = [slot for slot in self._orphans(road) if self._move(road, slot)]
             if slots:
                 moved[id(road)] = slots
         self.adopted += sum(map(len, moved.values()))
@@ -123,7 +128,7 @@ class Faults:
                     self._sync.launch(bucket, next(leg for leg in road.legs[parent] if leg.slot == slot))
 
     def _is_lost(self, road: Road, slot: int) -> bool:
-        return road.place(slot).node in self._lost_nodes
+        return road.lane(slot).node in self._lost_nodes
 
     def _orphans(self, road: Road) -> list[int]:
         return [
@@ -132,18 +137,18 @@ class Faults:
             if not self._is_lost(road, slot) and self._is_lost(road, road.parents[slot])
         ]
 
-    def _move(self, road: Road, slot: int) -> None:
-        old = road.parents[slot]
-        leg = next(leg for leg in road.legs[old] if leg.slot == slot)
-        road.legs[old].remove(leg)
-        parent = old
+    def _move(self, road: Road, slot: int) -> bool:
+        """Whether somebody is left to send to a slot."""
+        old = parent = road.parents[slot]
         while parent != SENDER and self._is_lost(road, parent):
             parent = road.parents[parent]
         if self._is_lost(road, parent):
-            return  # the trainer rank itself is gone
+            return False  # the trainer rank itself is gone
+        leg = next(leg for leg in road.legs[old] if leg.slot == slot)
+        road.legs[old].remove(leg)
         road.parents[slot] = parent
         # A hop that stayed inside a domain may now have to leave one node for another: over the port of its turn.
         leg.rail = leg.rail if leg.rail >= 0 else slot
         leg.path = road.path(parent, slot, leg.rail)
         road.legs[parent].append(leg)
-
+        return True

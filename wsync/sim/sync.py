@@ -64,6 +64,7 @@ class Sync:
     Args:
         work: what is to be done.
         in_place: engines write each bucket into live memory as it comes, instead of all of them after the vote.
+        start_s: from the publish to the first packing.
         vote_s: from the last rank that is staged to the decision on all ranks.
         merge_s, jitter, seed: of the `Engine`.
 
@@ -80,6 +81,7 @@ class Sync:
         work: Work,
         *,
         in_place: bool = False,
+        start_s: float = 0.0,
         vote_s: float = 0.0,
         merge_s: float = 0.0,
         jitter: float = 0.0,
@@ -89,9 +91,10 @@ class Sync:
         self.engine = Engine(work.fabric.resources, self._done, merge_s=merge_s, jitter=jitter, seed=seed)
         self.replicas: dict[str, Replica] = {}
         self.buckets = [b for rank in range(len(work.sources)) for b in work.queue_of(rank)]
-        self.times = Times(amax_s=work.amax_s)
+        self.times = Times(amax_s=start_s + work.amax_s)
         self.lost_sinks: set[int] = set()
         self._in_place = in_place
+        self._start_s = start_s
         self._vote_s = vote_s
         self._missing = [0] * len(work.sinks)
         self._unwritten = [0] * len(work.sinks)
@@ -109,8 +112,8 @@ class Sync:
 
     def run(self) -> float:
         """Simulate, and return the second at which the last replica committed (0.0 if none did)."""
-        self.engine.at(0.0, self._start)
-        self.engine.at(self.work.amax_s, self._start_scaled)
+        self.engine.at(self._start_s, self._start)
+        self.engine.at(self._start_s + self.work.amax_s, self._start_scaled)
         self.engine.run()
         return max((r.commit_s or 0.0 for r in self.replicas.values()), default=0.0)
 
@@ -122,7 +125,8 @@ class Sync:
     def launch(self, bucket: Bucket, leg: Leg) -> None:
         """Send a bucket over one leg, unless nobody is there any more."""
         if bucket.stream.road.sinks[leg.slot] not in self.lost_sinks:
-            self.engine.submit(Job(bucket, leg.slot, leg.path, bucket.nbytes))
+            nbytes = bucket.nbytes if leg.passes == 1.0 else round(bucket.nbytes * leg.passes)
+            self.engine.submit(Job(bucket, leg.slot, leg.path, nbytes))
 
     def _start(self, now: float) -> None:
         for replica in self.replicas.values():
@@ -142,13 +146,8 @@ class Sync:
     def _first_step(self, bucket: Bucket) -> Job:
         work, stream = self.work, bucket.stream
         if not work.offloaded:
-            return self._pack_step(bucket)
+            return work.pack_job(bucket, _PACK)
         return work.gather_job(work.sources[stream.rank], bucket, _GATHER, bucket.nbytes * stream.read_bytes)
-
-    def _pack_step(self, bucket: Bucket) -> Job:
-        stream = bucket.stream
-        read = bucket.nbytes * stream.read_bytes
-        return self.work.memory_job(self.work.sources[stream.rank], bucket, _PACK, read, bucket.nbytes)
 
     def _done(self, job: Job, now: float) -> None:
         tag = job.tag
@@ -157,7 +156,7 @@ class Sync:
         elif tag == _PACK:
             self._packed(job.owner, now)
         elif tag == _GATHER:
-            self.engine.submit(self._pack_step(job.owner))
+            self.engine.submit(self.work.pack_job(job.owner, _PACK))
         else:
             self._delivered(job.owner, tag, now)
 
@@ -205,7 +204,7 @@ class Sync:
 
     def _write(self, sink_idx: int, nbytes: int) -> None:
         """Move staged bytes into live memory."""
-        self.engine.submit(self.work.memory_job(self.work.sinks[sink_idx], None, -sink_idx - 1, nbytes, nbytes))
+        self.engine.submit(self.work.install_job(sink_idx, -sink_idx - 1, nbytes))
 
     def _written(self, sink_idx: int, now: float) -> None:
         self._unwritten[sink_idx] -= 1

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from wsync.errors import ConfigError
+from wsync.plan.places import Lane
 from wsync.sim.engine import Job, Path
-from wsync.sim.fabric import Fabric, Place
+from wsync.sim.fabric import Fabric
 
 SENDER = 0
 """The slot of the trainer rank in a road; the others are the hops' targets, from 1."""
@@ -21,11 +22,13 @@ class Leg:
         slot: that it reaches.
         rail: that it was planned on.
         path: resources that it occupies now.
+        passes: bytes through them for each byte on the wire.
     """
 
     slot: int
     rail: int
     path: Path
+    passes: float = 1.0
 
 
 class Road:
@@ -33,10 +36,10 @@ class Road:
 
     Args:
         fabric: for the paths.
-        home: place of the trainer rank.
+        home: of the trainer rank.
         hops: (slot, slot, rail), every slot but `SENDER` the target of one, senders before they send.
         sinks: sink index at each slot, that of `SENDER` is -1.
-        places: of each sink.
+        lanes: of each sink.
 
     Attributes:
         sinks: sink index at each slot.
@@ -44,29 +47,30 @@ class Road:
         legs: by sending slot.
     """
 
-    __slots__ = ("_home", "_places", "fabric", "legs", "parents", "sinks")
+    __slots__ = ("_home", "_lanes", "fabric", "legs", "parents", "sinks")
 
     def __init__(
         self,
         fabric: Fabric,
-        home: Place,
+        home: Lane,
         hops: Sequence[tuple[int, int, int]],
         sinks: Sequence[int],
-        places: Sequence[Place],
+        lanes: Sequence[Lane],
     ) -> None:
         self.fabric = fabric
         self.sinks = tuple(sinks)
         self._home = home
-        self._places = places
+        self._lanes = lanes
         self.parents = [-1] * len(sinks)
         self.legs: list[list[Leg]] = [[] for _ in sinks]
         for a, b, rail in hops:
             self.parents[b] = a
-            self.legs[a].append(Leg(b, rail, self.path(a, b, rail)))
+            passes = fabric.hop_passes(self.lane(a), self.lane(b))
+            self.legs[a].append(Leg(b, rail, self.path(a, b, rail), passes))
 
-    def place(self, slot: int) -> Place:
+    def lane(self, slot: int) -> Lane:
         """Where a slot's rank runs."""
-        return self._home if slot == SENDER else self._places[self.sinks[slot]]
+        return self._home if slot == SENDER else self._lanes[self.sinks[slot]]
 
     def path(self, a: int, b: int, rail: int) -> Path:
         """Resources between two slots, as the fabric is now.
@@ -74,10 +78,10 @@ class Road:
         Raises:
             ConfigError: no port is left.
         """
-        here, there = self.place(a), self.place(b)
+        here, there = self.lane(a), self.lane(b)
         path = self.fabric.path(here, there, rail)
         if path is None:
-            names = self.fabric.names
+            names = self.fabric.nodes.names
             raise ConfigError(
                 f"bytes go from node {names[here.node]!r} to node {names[there.node]!r}, but one of them has no port"
             )
@@ -134,7 +138,6 @@ class Work:
 
     Attributes:
         fabric: with all resources.
-        sources, sinks: places of the ranks.
         replica_of: name of the replica of each sink.
         streams: of all trainer ranks.
         amax_s: seconds until scaled buckets may be packed.
@@ -142,28 +145,48 @@ class Work:
     """
 
     fabric: Fabric
-    sources: list[Place]
-    sinks: list[Place]
     replica_of: list[str]
     streams: list[Stream]
     amax_s: float = 0.0
     offloaded: bool = False
 
-    def gather_job(self, place: Place, owner: object, tag: int, nbytes: float) -> Job:
+    @property
+    def sources(self) -> tuple[Lane, ...]:
+        """Where the trainer ranks are."""
+        return self.fabric.nodes.sources
+
+    @property
+    def sinks(self) -> tuple[Lane, ...]:
+        """Where the engine ranks are."""
+        return self.fabric.nodes.sinks
+
+    def gather_job(self, lane: Lane, owner: object, tag: int, nbytes: float) -> Job:
         """A job that brings offloaded weights to the GPU, or through host memory where there is none."""
-        parts = self.fabric.nodes[place.node]
-        path = (parts.host,) if place.gpu < 0 else (parts.pcie[place.gpu].into,)
+        path = self.fabric.memory(lane) if lane.gpu < 0 else (self.fabric.parts[lane.node].pcie[lane.gpu].into,)
         return Job(owner, tag, path, round(nbytes))
 
-    def memory_job(self, place: Place, owner: object, tag: int, read: float, written: float) -> Job:
-        """A job of one pass through the memory of a place.
+    def pack_job(self, bucket: Bucket, tag: int) -> Job:
+        """A job that reads trainer memory and writes a bucket."""
+        stream = bucket.stream
+        passes = self.fabric.costs and self.fabric.costs.pack
+        return self._memory_job(self.sources[stream.rank], bucket, tag, bucket.nbytes, stream.read_bytes, passes)
+
+    def install_job(self, sink_idx: int, tag: int, nbytes: int) -> Job:
+        """A job that reads staged bytes and writes live memory."""
+        passes = self.fabric.costs and self.fabric.costs.install
+        return self._memory_job(self.sinks[sink_idx], None, tag, nbytes, 1.0, passes)
+
+    def _memory_job(
+        self, lane: Lane, owner: Bucket | None, tag: int, nbytes: int, read: float, passes: float | None
+    ) -> Job:
+        """One pass that writes ``nbytes`` and reads ``read`` for each of them.
 
         Rates of GPU memory count reads and writes, rates of host memory are those of a copy, which does both.
         """
-        parts = self.fabric.nodes[place.node]
-        if place.gpu < 0:
-            return Job(owner, tag, (parts.host,), round((read + written) / 2))
-        return Job(owner, tag, (parts.hbm[place.gpu],), round(read + written))
+        moved = nbytes * (read + 1.0)
+        if lane.gpu < 0:
+            moved = moved / 2 if passes is None else nbytes * passes
+        return Job(owner, tag, self.fabric.memory(lane), round(moved))
 
     def queue_of(self, rank: int) -> list[Bucket]:
         """A rank's buckets in the order in which it packs them: its flows take turns by their progress."""
