@@ -140,7 +140,9 @@ def find_zones(groups: Sequence[NodeGroup], cluster: Cluster) -> tuple[tuple[int
         )
     index = {k: i for i, k in enumerate(dict.fromkeys(sides[g.name] for g in groups))}
     crossed = tuple(
-        tuple(tuple(2 * i + x for i, (x, y) in enumerate(zip(a, b, strict=True)) if x >= 0 and y == 1 - x) for b in index)
+        tuple(
+            tuple(2 * i + x for i, (x, y) in enumerate(zip(a, b, strict=True)) if x >= 0 and y == 1 - x) for b in index
+        )
         for a in index
     )
     return tuple(index[sides[g.name]] for g in groups), Zones(len(index), crossed)

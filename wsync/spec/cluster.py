@@ -68,8 +68,8 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pcie_gbps: host to one GPU, each way; required with GPUs.
         host_gbps: memory of the whole node.
         nvlink_gbps: of one GPU, each way; required with a domain.
-        nvlink_domain: GPUs that reach each other over NVLink; 0 for none. At most ``num_gpus``, or a multiple of it where
-            a domain spans consecutive nodes of the group (a rack of GB200 NVL72 has 4 per node and a domain of 72).
+        nvlink_domain: GPUs that reach each other over NVLink; 0 for none. At most ``num_gpus``, or a multiple of it
+            where a domain spans consecutive nodes of the group (a rack of GB200 NVL72: 4 per node, 72 per domain).
         nics: the node's ports; a node without ports exchanges nothing with others.
     """
 

@@ -44,9 +44,7 @@ def fill(amount: int, machines: Sequence[int], load: list[int], speed: Sequence[
     return {m: x for m, x in out.items() if x}
 
 
-def balance(
-    work: Sequence[tuple[int, tuple[int, ...]]], load: list[int], speed: Sequence[int]
-) -> list[dict[int, int]]:
+def balance(work: Sequence[tuple[int, tuple[int, ...]]], load: list[int], speed: Sequence[int]) -> list[dict[int, int]]:
     """Split every piece of work among its machines so that the largest load / speed is as small as possible.
 
     Block coordinate descent on the sum of squared loads over speeds: each piece in turn is taken off and poured again.
