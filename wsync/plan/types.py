@@ -161,9 +161,11 @@ class PlanOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         bucket_bytes: size of a bucket, a multiple of ALIGNMENT.
+        relay: whether engine ranks may pass on what they receive to other nodes.
     """
 
     bucket_bytes: int = 4 << 20
+    relay: bool = True
 
 
 class Bound(msgspec.Struct, frozen=True, array_like=True):
