@@ -1,6 +1,7 @@
 """The event loop: buckets that queue for resources, first come, first served.
 
-A *resource* serves one bucket at a time: ``alpha_s + bytes / rate``. A bucket that crosses several resources on one hop
+A *resource* serves one bucket at a time, for ``bytes / rate``; the first one of a hop, which is the sender's, for alpha
+more. A bucket that crosses several resources on one hop
 (a port out, a shared link, a port in) occupies each for that resource's own time and passes through without being
 stored (virtual cut-through): the next resource may begin as soon as the last one has begun, and the hop ends when all
 have ended. Between hops a bucket is stored whole and forwarded.
@@ -30,17 +31,19 @@ class Job:
         tag: which hop or step of it.
         path: its resources.
         nbytes: that every one of them serves.
+        alpha_s: that the first of them takes beside.
         left: resources that have not ended yet.
         dead: it was cancelled; what it occupies runs out.
     """
 
-    __slots__ = ("dead", "left", "nbytes", "owner", "path", "tag")
+    __slots__ = ("alpha_s", "dead", "left", "nbytes", "owner", "path", "tag")
 
-    def __init__(self, owner: Any, tag: int, path: Path, nbytes: int) -> None:
+    def __init__(self, owner: Any, tag: int, path: Path, nbytes: int, alpha_s: float = 0.0) -> None:
         self.owner = owner
         self.tag = tag
         self.path = path
         self.nbytes = nbytes
+        self.alpha_s = alpha_s
         self.left = len(path)
         self.dead = False
 
@@ -54,20 +57,18 @@ class Resource:
 
     Attributes:
         name: for reports.
-        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host``, ``core`` or ``link``.
+        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host``, ``send``, ``core`` or ``link``.
         rate: bytes per second.
-        alpha_s: seconds that each service costs beside its bytes.
         busy_s, nbytes, services: what it did.
         spans: busy times as [begin, end, busy seconds], close ones merged.
     """
 
-    __slots__ = ("alpha_s", "busy_s", "kind", "name", "nbytes", "rate", "services", "spans")
+    __slots__ = ("busy_s", "kind", "name", "nbytes", "rate", "services", "spans")
 
-    def __init__(self, name: str, kind: str, rate: float, alpha_s: float) -> None:
+    def __init__(self, name: str, kind: str, rate: float) -> None:
         self.name = name
         self.kind = kind
         self.rate = rate
-        self.alpha_s = alpha_s
         self.busy_s = 0.0
         self.nbytes = 0
         self.services = 0
@@ -151,7 +152,9 @@ class Engine:
         last = len(path) - 1
         while True:
             resource = self.resources[r]
-            seconds = resource.alpha_s + nbytes / resource.rate
+            seconds = nbytes / resource.rate
+            if not position:
+                seconds += job.alpha_s
             if self._jitter:
                 seconds *= 1.0 + self._jitter * (2.0 * self._draw() - 1.0)
             self._serving[r] = (job, position)

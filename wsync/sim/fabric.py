@@ -1,11 +1,13 @@
-"""The resources of a cluster, and which of them a byte occupies between two ranks.
+"""The resources of a cluster, and which of them a bucket occupies between two ranks.
 
-Ports are full duplex: each direction is a resource of its own. Which ports a rank reaches is for `wsync.plan.nodes` to
-say: its GPU's own ones directly, those of the other GPUs of its NVLink domain over NVLink.
+The parts and their rates are those that `wsync.plan.timing` counts. Ports and NVLink are full duplex: each direction is
+a resource of its own. A rank sends its messages one after the other, each for alpha and its bytes at the rate of all
+ports that the rank reaches; ports that are not its GPU's own are reached over NVLink.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,11 +31,20 @@ class Ports(NamedTuple):
 class NodeParts:
     """Resources of one node: the host's memory, and what each GPU has."""
 
-    group: NodeGroup
     host: int
     hbm: tuple[int, ...]
     nvlink: tuple[Ports, ...]
     pcie: tuple[Ports, ...]
+
+
+@dataclass(frozen=True)
+class RankParts:
+    """Resources of one rank: what it sends to other nodes on, and inside its own if that has no GPUs; what it computes
+    on, if that was measured. -1 for what it does not have."""
+
+    remote: int
+    local: int
+    core: int
 
 
 class Fabric:
@@ -45,11 +56,10 @@ class Fabric:
         costs: of ranks without a GPU, if they were measured.
 
     Attributes:
-        nodes: as given.
+        nodes, costs: as given.
         resources: all of them.
         parts: of each node.
         nics: out and in of each port of `Nodes.nics`.
-        costs: as given.
     """
 
     def __init__(
@@ -58,62 +68,66 @@ class Fabric:
         self.nodes = nodes
         self.costs = costs
         self.resources: list[Resource] = []
-        factors = [(rate_of or {}).get(name, 1.0) for name in nodes.names]
-        self.parts = [self._add_node(*entry) for entry in zip(nodes.names, nodes.groups, factors, strict=True)]
-        alpha_s = nodes.cluster.alpha_s
-        self.nics = [
-            self._add_pair(f"{nodes.names[n.node]}/nic{n.slot}", "nic", n.rate_gbps * factors[n.node], alpha_s)
-            for n in nodes.nics
+        self._factors = [(rate_of or {}).get(name, 1.0) for name in nodes.names]
+        self.parts = [self._add_node(i, group) for i, group in enumerate(nodes.groups)]
+        self.nics = [self._add_pair(n.node, f"nic{n.slot}", "nic", n.rate_gbps) for n in nodes.nics]
+        self._links = [
+            self._add(f"link {k.name} from {'+'.join(side)}", "link", k.rate_gbps)
+            for k in nodes.cluster.links
+            for side in (k.side_a, k.side_b)
         ]
-        links = nodes.cluster.links
-        self._links = [r for k in links for r in self._add_pair(f"link {k.name}", "link", k.rate_gbps, 0.0)]
-        self._cores = {} if costs is None else self._add_cores(costs.rank_gbps, factors)
+        sides = (("trainer", nodes.sources), ("sink", nodes.sinks))
+        self._ranks = {id(x): self._add_rank(f"{side}{i}", x) for side, lanes in sides for i, x in enumerate(lanes)}
         self._lost: set[int] = set()
         self._turn = 0
 
-    def _add(self, name: str, kind: str, rate_gbps: float, alpha_s: float) -> int:
-        self.resources.append(Resource(name, kind, rate_gbps * 1e9, alpha_s))
+    def _add(self, name: str, kind: str, rate_gbps: float, node: int | None = None) -> int:
+        factor = 1.0
+        if node is not None:
+            name, factor = f"{self.nodes.names[node]}/{name}", self._factors[node]
+        self.resources.append(Resource(name, kind, rate_gbps * 1e9 * factor))
         return len(self.resources) - 1
 
-    def _add_pair(self, name: str, kind: str, rate_gbps: float, alpha_s: float) -> Ports:
-        out = self._add(f"{name} out", kind, rate_gbps, alpha_s)
-        return Ports(out, self._add(f"{name} in", kind, rate_gbps, alpha_s))
+    def _add_pair(self, node: int, name: str, kind: str, rate_gbps: float) -> Ports:
+        out = self._add(f"{name} out", kind, rate_gbps, node)
+        return Ports(out, self._add(f"{name} in", kind, rate_gbps, node))
 
-    def _add_node(self, host: str, group: NodeGroup, factor: float) -> NodeParts:
-        alpha_s = self.nodes.cluster.alpha_s
+    def _add_node(self, node: int, group: NodeGroup) -> NodeParts:
         gpus = range(group.num_gpus)
-        hbm = [self._add(f"{host}/hbm{g}", "hbm", (group.hbm_gbps or group.host_gbps) * factor, 0.0) for g in gpus]
-        nvlink: list[Ports] = []
-        if group.nvlink_domain > 1 and group.nvlink_gbps is not None:
-            rate = group.nvlink_gbps * factor
-            nvlink = [self._add_pair(f"{host}/nvlink{g}", "nvlink", rate, alpha_s) for g in gpus]
-        rate = (group.pcie_gbps or group.host_gbps) * factor
-        pcie = [self._add_pair(f"{host}/pcie{g}", "pcie", rate, alpha_s) for g in gpus]
-        # A hop inside a node of CPUs is a pass through its memory and costs alpha; on other nodes nothing hops there.
-        memory = self._add(f"{host}/memory", "host", group.host_gbps * factor, 0.0 if gpus else alpha_s)
-        return NodeParts(group, memory, tuple(hbm), tuple(nvlink), tuple(pcie))
+        host, hbm, pcie = group.host_gbps, group.hbm_gbps, group.pcie_gbps
+        has_nvlink = group.nvlink_domain > 1 and group.nvlink_gbps is not None
+        return NodeParts(
+            self._add("memory", "host", host, node),
+            tuple(self._add(f"hbm{g}", "hbm", hbm or host, node) for g in gpus),
+            tuple(self._add_pair(node, f"nvlink{g}", "nvlink", group.nvlink_gbps or host) for g in gpus if has_nvlink),
+            tuple(self._add_pair(node, f"pcie{g}", "pcie", pcie or host) for g in gpus),
+        )
 
-    def _add_cores(self, rate_gbps: float, factors: Sequence[float]) -> dict[int, int]:
-        """By `id` of its lane: what each rank without a GPU computes on."""
-        sides = (("trainer", self.nodes.sources), ("sink", self.nodes.sinks))
-        return {
-            id(lane): self._add(f"{self.nodes.names[lane.node]}/{side}{i}", "core", rate_gbps * factors[lane.node], 0.0)
-            for side, lanes in sides
-            for i, lane in enumerate(lanes)
-            if lane.gpu < 0
-        }
+    def _add_rank(self, name: str, lane: Lane) -> RankParts:
+        remote = local = core = -1
+        if lane.reach:
+            remote = self._add(f"{name} sends", "send", self.nodes.ports[lane.port].rate_gbps, lane.node)
+        if lane.gpu < 0:
+            local = self._add(f"{name} sends inside", "send", self.nodes.groups[lane.node].host_gbps, lane.node)
+        if lane.gpu < 0 and self.costs is not None:
+            core = self._add(f"{name} core", "core", self.costs.rank_gbps, lane.node)
+        return RankParts(remote, local, core)
 
     def memory(self, lane: Lane) -> Path:
         """What a rank occupies with a pass through memory."""
         parts = self.parts[lane.node]
         if lane.gpu >= 0:
             return (parts.hbm[lane.gpu],)
-        core = self._cores.get(id(lane))
-        return (parts.host,) if core is None else (core, parts.host)
+        core = self._ranks[id(lane)].core
+        return (parts.host,) if core < 0 else (core, parts.host)
 
     def hop_passes(self, a: Lane, b: Lane) -> float:
         """Bytes that a hop moves through its path for each byte on the wire."""
-        return self.costs.hop if self.costs is not None and b.gpu < 0 and self.is_local(a, b) else 1.0
+        if not self.is_local(a, b):
+            return 1.0
+        if b.gpu < 0:
+            return self.costs.hop if self.costs is not None else 1.0
+        return 2.0 if (a.node, a.gpu) == (b.node, b.gpu) else 1.0
 
     def is_local(self, a: Lane, b: Lane) -> bool:
         """Whether two ranks exchange bytes without a port."""
@@ -130,8 +144,8 @@ class Fabric:
 
     def _local(self, a: Lane, b: Lane) -> Path:
         here, there = self.parts[a.node], self.parts[b.node]
-        if a.gpu < 0 or b.gpu < 0:
-            return self.memory(b)
+        if b.gpu < 0:
+            return self.memory(b) if self.costs is not None else (self._ranks[id(a)].local, there.host)
         if (a.node, a.gpu) == (b.node, b.gpu):
             return (here.hbm[a.gpu],)
         if a.domain >= 0 and a.domain == b.domain:
@@ -144,6 +158,7 @@ class Fabric:
             return None
         crossed = self.nodes.zones.crossed[self.nodes.zone[a.node]][self.nodes.zone[b.node]]
         return (
+            self._ranks[id(a)].remote,
             *self._to_port(a, out, 0),
             self.nics[out].out,
             *(self._links[link] for link in crossed),
@@ -167,9 +182,21 @@ class Fabric:
     def _to_port(self, lane: Lane, nic: int, direction: int) -> Path:
         """What lies between a rank and a port that it reaches."""
         parts = self.parts[lane.node]
-        if lane.gpu < 0:
-            return (parts.host,)
-        return () if nic in lane.own or not parts.nvlink else (parts.nvlink[lane.gpu][direction],)
+        if lane.gpu < 0:  # what leaves was in memory when it was packed or received
+            return (parts.host,) if direction else ()
+        if lane.domain >= 0 and nic not in lane.own:
+            return (parts.nvlink[lane.gpu][direction],)
+        return (parts.pcie[lane.gpu][direction],) if self._pcie_counts(lane) else ()
+
+    def _pcie_counts(self, lane: Lane) -> bool:
+        """Whether PCIe can be what a rank's own ports wait for.
+
+        Where nothing but these ports uses it and it is at least as fast as all of them together, a bucket is through it
+        before it is through its port, whatever else is under way: leaving it out changes no time.
+        """
+        own_gbps = math.fsum(self.nodes.nics[i].rate_gbps for i in lane.own)
+        pcie_gbps = self.nodes.groups[lane.node].pcie_gbps
+        return lane.domain < 0 or pcie_gbps is None or own_gbps > pcie_gbps
 
     def node_index(self, host: str) -> int:
         """Index of a node by its name.
@@ -203,9 +230,8 @@ class Fabric:
 
     def lose_node(self, node: int) -> set[int]:
         """Forget a node; returns all its resources."""
-        parts = self.parts[node]
-        nics = [ports for ports, nic in zip(self.nics, self.nodes.nics, strict=True) if nic.node == node]
-        lost = {parts.host, *parts.hbm, *(r for ports in [*parts.nvlink, *parts.pcie, *nics] for r in ports)}
+        prefix = f"{self.nodes.names[node]}/"
+        lost = {i for i, r in enumerate(self.resources) if r.name.startswith(prefix)}
         self._lost |= lost
         return lost
 

@@ -7,15 +7,13 @@ import math
 from wsync.errors import PlanMismatchError
 from wsync.plan.flows import Flow, Tree
 from wsync.plan.plans import Plan, PlanClass
+from wsync.plan.timing import amax_s
 from wsync.plan.types import MODE_SCALED, SOURCE
 from wsync.sim.fabric import Fabric
 from wsync.sim.work import Road, Stream, Work
 from wsync.spec.dtypes import itemsize
 from wsync.spec.manifest import SinkManifest, SourceManifest
 from wsync.spec.recipes import get_recipe
-
-AMAX_BYTES = 4
-"""Of one exchanged amax."""
 
 
 def build_work(plan: Plan, source: SourceManifest, sink: SinkManifest, fabric: Fabric, *, offloaded: bool) -> Work:
@@ -79,10 +77,8 @@ def _reads(cls: PlanClass, source: SourceManifest) -> list[float]:
 def amax_seconds(plan: Plan, source: SourceManifest, fabric: Fabric) -> float:
     """Seconds until all trainer ranks have the amaxes of blocks that several of them hold parts of.
 
-    Each reads its part of those blocks; a ring reduces the vector (twice its bytes through every rank's port).
+    Each reads its part of those blocks, then they reduce the vector.
     """
-    if not plan.amax_elements:
-        return 0.0
     nodes = fabric.nodes
     read = [0.0] * len(nodes.sources)
     for cls in plan.classes:
@@ -92,9 +88,6 @@ def amax_seconds(plan: Plan, source: SourceManifest, fabric: Fabric) -> float:
     scan_s = 0.0
     for lane, nbytes in zip(nodes.sources, read, strict=True):
         group = nodes.groups[lane.node]
-        rate = (group.hbm_gbps or group.host_gbps) if lane.gpu >= 0 else 2 * group.host_gbps
+        rate = 2 * group.host_gbps if lane.gpu < 0 else group.hbm_gbps or group.host_gbps
         scan_s = max(scan_s, nbytes / (rate * 1e9))
-    count = len(nodes.sources)
-    slowest = min((nodes.nics[i].rate_gbps for lane in nodes.sources for i in lane.own or lane.reach), default=math.inf)
-    ring_s = 2 * (count - 1) * (nodes.cluster.alpha_s + plan.amax_elements * AMAX_BYTES / count / (slowest * 1e9))
-    return scan_s + ring_s
+    return scan_s + amax_s(nodes, plan.amax_elements)

@@ -29,7 +29,7 @@ class ResourceUse(msgspec.Struct, frozen=True):
 
     Attributes:
         name: such as ``trainer-0/nic3 out``.
-        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host`` or ``link``.
+        kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host``, ``link``, or ``send`` and ``core`` of one rank.
         rate_gbps: that it has in this simulation.
         nbytes, messages: that it served. Memory of GPUs counts bytes read and written.
         busy_s: in which it did.

@@ -93,6 +93,7 @@ class Sync:
         self.buckets = [b for rank in range(len(work.sources)) for b in work.queue_of(rank)]
         self.times = Times(amax_s=start_s + work.amax_s)
         self.lost_sinks: set[int] = set()
+        self._alpha_s = work.fabric.nodes.cluster.alpha_s
         self._in_place = in_place
         self._start_s = start_s
         self._vote_s = vote_s
@@ -126,7 +127,7 @@ class Sync:
         """Send a bucket over one leg, unless nobody is there any more."""
         if bucket.stream.road.sinks[leg.slot] not in self.lost_sinks:
             nbytes = bucket.nbytes if leg.passes == 1.0 else round(bucket.nbytes * leg.passes)
-            self.engine.submit(Job(bucket, leg.slot, leg.path, nbytes))
+            self.engine.submit(Job(bucket, leg.slot, leg.path, nbytes, self._alpha_s))
 
     def _start(self, now: float) -> None:
         for replica in self.replicas.values():
