@@ -111,7 +111,7 @@ def test_scaled_buckets_wait_for_the_amaxes():
 
 def test_a_service_begins_when_the_one_before_has_ended():
     seen = []
-    engine = Engine([Resource("r", "nic", 10.0)], lambda job, now: seen.append((job.tag, now)))
+    engine = Engine([Resource("r", "nic", 10.0)], lambda job, now: seen.append((job.tag, now)), merge_s=0.0)
     for tag in range(3):
         engine.submit(Job("x", tag, (0,), 5, 0.5))
     assert engine.run() == 3.0

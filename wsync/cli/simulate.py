@@ -93,7 +93,8 @@ def run_simulate(args: argparse.Namespace) -> int:
     scenario.options = _options(args, scenario)
     scenario.drop_replicas(scenario.options.without)
     plan, plan_wall_s = scenario.make_plan()
-    simulation = Simulation(plan, scenario.source, scenario.sink, scenario.cluster, scenario.options)
+    spans = bool(args.chart or args.trace)
+    simulation = Simulation(plan, scenario.source, scenario.sink, scenario.cluster, scenario.options, spans=spans)
     result = simulation.run(scenario.name, plan_wall_s, scenario.published_s)
     _write_files(args, result, simulation.resources)
     if args.json != "-":

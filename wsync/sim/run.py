@@ -29,10 +29,10 @@ class Simulation:
     Args:
         plan, source, sink, cluster: as they were planned.
         options: of the simulation.
+        spans: keep the busy times of resources, which charts and traces need and which takes time.
 
     Attributes:
-        result: after `run`.
-        resources: with their busy times, for charts and traces.
+        resources: with what they did.
 
     Raises:
         ConfigError: the options or the cluster cannot be, or name nodes, ports or replicas that are not there.
@@ -46,6 +46,8 @@ class Simulation:
         sink: SinkManifest,
         cluster: Cluster | None,
         options: SimOptions | None = None,
+        *,
+        spans: bool = False,
     ) -> None:
         self._options = options = options or SimOptions()
         check_options(options)
@@ -63,7 +65,7 @@ class Simulation:
             in_place=options.install == "in_place",
             start_s=messages_s if options.start_s is None else options.start_s,
             vote_s=messages_s if options.vote_s is None else options.vote_s,
-            merge_s=plan.time_s / SPANS,
+            merge_s=plan.time_s / SPANS if spans else None,
             jitter=options.jitter,
             seed=options.seed,
         )

@@ -83,7 +83,7 @@ class Sync:
         in_place: bool = False,
         start_s: float = 0.0,
         vote_s: float = 0.0,
-        merge_s: float = 0.0,
+        merge_s: float | None = None,
         jitter: float = 0.0,
         seed: int = 0,
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wsync.plan.types import PlanOptions
 from wsync.sim.options import SimOptions
@@ -54,8 +54,8 @@ class Preset:
     assumptions: tuple[str, ...]
     published: Published | None = None
     bound_s: float | None = None
-    options: PlanOptions = PlanOptions()
-    sim: SimOptions = SimOptions()
+    options: PlanOptions = field(default_factory=PlanOptions)
+    sim: SimOptions = field(default_factory=lambda: SimOptions(install="in_place"))
 
     def build(self) -> tuple[SourceManifest, SinkManifest, Cluster, PlanOptions]:
         """Both manifests, the cluster, and how to plan."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wsync.sim.presets.machines import RDMA_ALPHA_S, h100
 from wsync.sim.presets.preset import Preset
-from wsync.spec.cluster import Cluster, Link, Nic, NodeGroup
+from wsync.spec.cluster import Cluster, Link
 
 WAN_GBPS = 12.5
 """100 Gb/s."""
@@ -42,20 +42,14 @@ SHAPES: tuple[Preset, ...] = (
     ),
     Preset(
         "tiny",
-        "Qwen3-0.6B in fp8 between four nodes of CPUs: done in a moment, for tests",
+        "Qwen3-0.6B in fp8 from one node to two: done in a moment, for tests",
         "Qwen3-0.6B",
-        "fsdp=2",
-        "tp=1,replicas=2",
+        "fsdp=8",
+        "tp=8,replicas=2",
         "fp8_block128",
-        Cluster(
-            (
-                NodeGroup("trainer", 2, 20.0, nics=(Nic(12.5, 0), Nic(12.5, 1))),
-                NodeGroup("engine", 2, 20.0, nics=(Nic(12.5, 0), Nic(12.5, 1))),
-            ),
-            alpha_s=20e-6,
-        ),
+        Cluster((h100("trainer", 1), h100("engine", 2)), alpha_s=1e-6),
         "trainer",
         "engine",
-        ("nodes of one rank, 20 GB/s of memory and two ports of 100 Gb/s",),
+        ("alpha is 1 us: a model so small is little more than alpha",),
     ),
 )
