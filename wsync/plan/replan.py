@@ -12,7 +12,7 @@ from wsync.plan.classes import Classes, TensorClass, plan_classes
 from wsync.plan.cuts import find_bounds
 from wsync.plan.delta_size import Densities
 from wsync.plan.demand import Boxes, Encodings, collect_demands
-from wsync.plan.flows import DemandGroup, Flow, Tree
+from wsync.plan.flows import DemandGroup, Flow, Lot, Routing, Tree
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.nodes import Nodes, find_nodes
