@@ -80,7 +80,7 @@ def plan_times(
     sent: dict[tuple[int, int], list[int]] = {}
     for flow in flows:
         total = sent.setdefault((flow.src_rank, flow.tree_idx), [0, 0])
-        total[0] += flow.nbytes
+        total[0] += flow.wire_bytes
         total[1] += -(-flow.nbytes // bucket_bytes)
     by_tree: dict[int, list[int]] = {}
     largest = 0
