@@ -46,6 +46,21 @@ OPTIONS = {
     },
     "wsync doctor": {"--help", "-h", "--json"},
     "wsync keygen": {"--help", "-h"},
+    "wsync simulate": {
+        "--help",
+        "-h",
+        "--list",
+        "--straggler",
+        "--fail",
+        "--without",
+        "--install",
+        "--detect",
+        "--jitter",
+        "--seed",
+        "--json",
+        "--chart",
+        "--trace",
+    },
 }
 """Frozen: an option may be added here on purpose, and never be taken away."""
 
