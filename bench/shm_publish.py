@@ -1,4 +1,4 @@
-"""Publishes of plain tensors over shared memory, between processes of this machine: what the simulator is held against."""
+"""Publishes of plain tensors over shared memory between processes: what the simulator is held against."""
 
 from __future__ import annotations
 
@@ -120,17 +120,3 @@ def _serve(layout: Layout, idx: int, store: str, key_file: str, repeats: int) ->
     with wsync.Sink(live, store=store, key_file=key_file, replica=f"engine-{idx}", num_threads=1) as sink:
         for _ in range(repeats + 1):
             sink.commit(sink.prepare(DEADLINE_S))
-
-
-if __name__ == "__main__":
-    for layout in (
-        Layout(1),
-        Layout(32),
-        Layout(96),
-        Layout(32, 2, 1),
-        Layout(32, 1, 2),
-        Layout(32, recipe="bf16"),
-        Layout(96, 1, 2, "bf16"),
-    ):
-        for report in measure(layout, 3):
-            print(layout, {k: round(v, 4) for k, v in report["seconds"].items()}, report["wire_bytes"])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from wsync.cli.main import main
+from wsync.cli.main import build_parser, main
 from wsync.describe import save_manifest
 from wsync.plan import encode_plan, make_plan
 from wsync.sim.presets import PRESETS
+from wsync.sim.scenario import decode_scenario
 from wsync.spec.cluster import dump_cluster
 
 KEYS = {"score", "plan_s", "lower_bound_s", "binding_cut", "plan_wall_s", "simulated_s", "stall_s", "format_version"}
@@ -223,3 +228,20 @@ def test_a_cluster_with_rates_that_cannot_be_is_named(scenario, rate, capsys):
     status, message = refused(capsys, scenario)
     assert status == 2
     assert "nics[0].rate_gbps" in message
+
+
+def test_the_guide_runs():
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "simulate.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "engine-0" in done.stdout
+    commands = re.findall(r"^wsync (simulate [^#\n]*)", text, re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        build_parser().parse_args(command.split())
+
+
+def test_the_scenario_of_the_guide_can_be_read():
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "simulate.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.S)
+    assert decode_scenario(example.encode()).sim_options.install == "in_place"

@@ -1,0 +1,116 @@
+"""The simulator against a real run of this machine, and how long it takes for large clusters.
+
+Calibrated with two publishes over shared memory (4 MiB and 384 MiB of bf16, one trainer and one engine), it predicts
+others: another size, two engines, two trainers. ``ratio`` is predicted over measured, the best of the repeats on both
+sides; ``verdict`` says whether it is within 25 %, and fails the benchmark with ``WSYNC_BENCH_STRICT=1``, on a machine
+that does nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import pytest
+from shm_publish import COLUMNS, ROWS, Layout, measure
+
+from wsync.bench.limit import num_cores
+from wsync.plan import PlanOptions, make_plan
+from wsync.sim import simulate
+from wsync.sim.calibrate import Measured, calibrate
+from wsync.sim.presets import PRESETS
+from wsync.sim.run import Simulation
+from wsync.spec.cluster import Cluster, Nic, NodeGroup
+from wsync.spec.manifest import TensorSpec
+from wsync.testing.generators import fsdp_source, tp_sink
+
+RANK_GBPS = 10.0
+"""A unit: what calibration measures is relative to it."""
+BUCKET_BYTES = 4 << 20
+REPEATS = 7
+TOLERANCE = 0.25
+STRICT = os.environ.get("WSYNC_BENCH_STRICT") == "1"
+
+SMALL, LARGE = Layout(1), Layout(96)
+PREDICTED = {
+    "another size": Layout(224),
+    "two engines": Layout(128, num_replicas=2),
+    "two trainers": Layout(128, num_trainers=2),
+}
+
+
+def best(layout):
+    """The publish that took least."""
+    report = min(measure(layout, REPEATS), key=lambda r: r["seconds"]["total"])
+    seconds = report["seconds"]
+    return Measured(
+        report["wire_bytes"],
+        seconds["total"],
+        seconds["pack"],
+        seconds["verify"],
+        seconds["install"],
+        seconds["receive"],
+    )
+
+
+@pytest.fixture(scope="module", params=["fp8_block128", "bf16"])
+def calibrated(request):
+    """Recipe and options."""
+    layouts = (Layout(x.num_tensors, recipe=request.param) for x in (SMALL, LARGE))
+    return request.param, calibrate(*map(best, layouts), RANK_GBPS)
+
+
+def predict(layout, options):
+    tensors = tuple(TensorSpec(f"layer{i}.weight", (ROWS, COLUMNS), "bfloat16") for i in range(layout.num_tensors))
+    source = fsdp_source(tensors, ["box"] * layout.num_trainers, replicas=layout.num_trainers)
+    sink = tp_sink(tensors, [["box"]] * layout.num_replicas, layout.recipe, quantises=lambda _: True)
+    box = NodeGroup("box", 1, num_cores() * RANK_GBPS, hosts=("box",), nics=(Nic(1.0),))
+    cluster = Cluster((box,), alpha_s=0.0)
+    plan = make_plan(source, sink, cluster, PlanOptions(bucket_bytes=BUCKET_BYTES))
+    return simulate(plan, source, sink, cluster, options=options)
+
+
+@pytest.mark.benchmark(group="simulated and measured")
+@pytest.mark.parametrize("what", PREDICTED)
+def test_a_publish_takes_what_the_simulator_says(benchmark, calibrated, what):
+    recipe, options = calibrated
+    shape = PREDICTED[what]
+    layout = Layout(shape.num_tensors, shape.num_trainers, shape.num_replicas, recipe)
+    measured = best(layout)
+    result = benchmark.pedantic(predict, (layout, options), rounds=1)
+    ratio = result.simulated_s / measured.total_s
+    benchmark.extra_info.update(
+        measured_s=round(measured.total_s, 5),
+        simulated_s=round(result.simulated_s, 5),
+        ratio=round(ratio, 3),
+        verdict="ok" if abs(ratio - 1) <= TOLERANCE else "WRONG",
+    )
+    if STRICT:
+        assert abs(ratio - 1) <= TOLERANCE
+
+
+@pytest.mark.benchmark(group="presets")
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_planned_and_simulated(benchmark, name):
+    preset = PRESETS[name]
+    source, sink, cluster, options = preset.build()
+    plan = make_plan(source, sink, cluster, options)
+
+    def run():
+        return Simulation(plan, source, sink, cluster, preset.sim).run(name)
+
+    result = benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info.update(
+        score=round(result.score, 4),
+        plan_score=round(plan.score, 4),
+        simulated_s=round(result.simulated_s, 4),
+        lower_bound_s=round(result.lower_bound_s, 4),
+        binding_cut=result.binding_cut,
+        published_s=preset.published.seconds if preset.published else None,
+        num_hops=result.num_hops,
+        num_events=result.num_events,
+        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+    )
+    assert result.committed == tuple(r.name for r in result.replicas)
+    if STRICT:
+        assert result.sim_wall_s <= 60.0
