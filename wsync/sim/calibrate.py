@@ -52,7 +52,8 @@ def calibrate(small: Measured, large: Measured, rank_gbps: float) -> SimOptions:
                 raise ConfigError(f"{field} of the {name} publish is {value!r}, it must be more than 0")
     if small.wire_bytes * 4 > large.wire_bytes:
         raise ConfigError(
-            f"the small publish has {small.wire_bytes} bytes, the large one {large.wire_bytes}: at most a 4th is allowed"
+            f"the small publish has {small.wire_bytes} bytes, of the large one's {large.wire_bytes}: at most a 4th is "
+            f"allowed"
         )
     if not (math.isfinite(rank_gbps) and rank_gbps > 0):
         raise ConfigError(f"rank_gbps is {rank_gbps!r}, it must be more than 0")

@@ -9,7 +9,7 @@ from wsync.spec.cluster import Cluster, NodeGroup
 _LAYOUT = "the trainer's layout is not published: {}"
 _BF16_TRAINER = "the trainer holds bf16 and quantises while it packs"
 _IN_PLACE = "engines write every bucket into live memory as it comes and do not serve meanwhile, as peers do"
-_ATTENTION = "attention is cut over all ranks of a replica (over 16 where blocks of 128 rows end there), experts over all of them"
+_ATTENTION = "experts are cut over all ranks of a replica, and attention as far as blocks of 128 rows allow"
 _APART = "trainers and engines run on different nodes of one fabric that does not block"
 
 
