@@ -79,7 +79,11 @@ def _fill(known: S, more: S) -> S:
 
 
 def _merge_gpus(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
-    by_bus = {g.bus_id: g.index for g in gpus if g.bus_id is not None and g.index >= 0}
+    by_bus: dict[str, int] = {}
+    for gpu in gpus:
+        if gpu.bus_id is not None and gpu.index >= 0:
+            # The first input that numbers a GPU decides; NCCL may number those of a container differently.
+            by_bus.setdefault(gpu.bus_id, gpu.index)
     found: dict[int, Gpu] = {}
     for gpu in sorted(gpus, key=lambda g: g.index < 0):
         index = by_bus.get(gpu.bus_id, gpu.index) if gpu.bus_id is not None else gpu.index

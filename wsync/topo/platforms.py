@@ -145,11 +145,11 @@ PROFILES: tuple[Profile, ...] = (
         devices=("2901", "3182"),
     ),
     Profile("rubin", 36, 50.0, joined=("switch",), pcie_gtps=64.0, coherent=True, names=r"\bV?R200|Rubin"),
-    Profile("ampere-bridge", 4, 14.0625, joined=_BRIDGE, pcie_gtps=16.0, names=r"\bA40\b|RTX A(6000|5500|5000|4500)"),
+    Profile("ampere-bridge", 4, 14.0, joined=_BRIDGE, pcie_gtps=16.0, names=r"\bA40\b|RTX A(6000|5500|5000|4500)"),
     Profile(
         "rtx3090",
         4,
-        14.0625,
+        14.0,
         joined=_BRIDGE,
         pcie_gtps=16.0,
         names=r"RTX 3090(?! Ti)|RTX 3090 Ti",
@@ -203,7 +203,7 @@ def find_profile(machine: Machine) -> Profile:
 
 
 def _profile_of(gpu: Gpu) -> Profile | None:
-    by_name = _match_name(gpu.name) if gpu.name else None
+    by_name = profile_of_product(gpu.name) if gpu.name else None
     if by_name is not None:
         return by_name
     vendor, _, device = (gpu.device_id or "").partition(":")
@@ -215,7 +215,8 @@ def _profile_of(gpu: Gpu) -> Profile | None:
 _NAME_CACHE: dict[str, Profile | None] = {}
 
 
-def _match_name(name: str) -> Profile | None:
+def profile_of_product(name: str) -> Profile | None:
+    """The profile of a product as ``nvidia-smi`` names it."""
     if name not in _NAME_CACHE:
         if len(_NAME_CACHE) > 1024:
             _NAME_CACHE.clear()

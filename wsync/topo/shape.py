@@ -33,12 +33,14 @@ class Shape(msgspec.Struct, frozen=True):
 
 def find_shape(view: View, profile: Profile = UNKNOWN) -> Shape:
     """The wiring that most GPUs show."""
-    rows = {gpu: counts for gpu, counts in view.links_between.items() if counts}
+    others = len(view.gpus) - 1
+    rows = {gpu: counts for gpu, counts in view.links_between.items() if counts and len(counts) == others}
     if not rows:
         return Shape("unknown", profile.links)
     biggest = _mode(max(counts.values()) for counts in rows.values())
-    if not any(links for counts in rows.values() for links in counts.values()):
-        return Shape("none", profile.links)
+    if not any(links for counts in view.links_between.values() for links in counts.values()):
+        # Of a few rows that show no NVLink nothing follows for the others.
+        return Shape("none" if 2 * len(rows) >= len(view.gpus) else "unknown", profile.links)
     partners = max(sum(n > 0 for n in counts.values()) for counts in rows.values())
     if partners <= 1 and not profile.soldered:
         return Shape("bridge", _next(PAIR_COUNTS, max(max(c.values()) for c in rows.values()), profile))

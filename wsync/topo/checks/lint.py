@@ -54,11 +54,12 @@ def check_masks(case: Case) -> Iterator[Finding]:
         for node, mask in masks.items():
             if len(mask) != usual:
                 group = next((g for g in mask.split(",") if len(g) != 8), mask)
+                digits = f'group "{group}" has {len(group)} digits'
                 yield case.finding(
                     "lint.affinity",
                     "WARN",
                     [f"NUMA node {node}"],
-                    f'affinity "{mask}": group "{group}" has {len(group)} digits, in all {len(mask)} characters of {usual}',
+                    f'affinity "{mask}": {digits}, in all {len(mask)} characters of {usual}',
                     "groups of 8 hexadecimal digits",
                     "copy it from sysfs local_cpus; the CPUs at its end are lost",
                 )

@@ -77,6 +77,8 @@ def check_locality(case: Case) -> Iterator[Finding]:
         # On Grace distances mean nothing; a socket interface (gdr 0) goes through host memory wherever it sits.
         return
     gpus = [g for g in case.view.gpus if g.index in kinds]
+    if 2 * len(gpus) < len(case.view.gpus):
+        return
     local = [g for g in gpus if KIND_RANK[kinds[g.index]] <= LOCAL_RANK]
     far = [g for g in gpus if kinds[g.index] == "SYS"]
     if len(far) == len(gpus):

@@ -21,7 +21,6 @@ _NAME = re.compile(r"[A-Za-z][\w.\-]*")
 _TAIL = re.compile(r"CPU Affinity|NUMA Affinity|GPU NUMA ID", re.I)
 _LEGEND = re.compile(r"[ \t>|]*(NIC\d{1,4})\s*:\s*(\S+)\s*$")
 _HIDDEN = re.compile(r"(\d+) NICs found in the topology, only displaying (\d+)")
-_PREFIX = re.compile(r"^[ \t]*[>|]+[ \t]?")
 
 
 class _Row(NamedTuple):
@@ -44,7 +43,7 @@ def looks_like_matrix(text: str) -> bool:
 
 def parse_matrix(text: str, source: str) -> Machine:
     """Read one matrix. Rows of a second one overwrite those of the first."""
-    lines = [_PREFIX.sub("", line) for line in text.splitlines() if len(line) <= MAX_LINE_CHARS]
+    lines = [line for line in text.splitlines() if len(line) <= MAX_LINE_CHARS]
     header = _find_header(lines)
     rows = _find_rows(lines, header)
     legend: dict[str, str] = {m[1]: m[2] for m in map(_LEGEND.match, lines) if m}
@@ -125,6 +124,9 @@ def _read_row(label: str, rest: str, columns: list[str] | None, tail: list[tuple
             break
         cells.append("SYS" if found[1] == "SOC" else found[1])
         position = found.end()
+    if cells and cells[-1].startswith("NV") and not rest[position:] and (tail or len(cells) < len(columns or ())):
+        # The text ends at this number, which may have lost a digit.
+        cells.pop()
     damaged = False
     if columns is not None and label in columns:
         own = columns.index(label)
@@ -165,6 +167,8 @@ def _missing(columns: list[str], rows: list[_Row]) -> list[str]:
             gaps.append(f"a cell of row {row.label} (its diagonal is not where it should be)")
         elif len(row.cells) < len(columns) and row.label in columns:
             gaps.append(f"cells of row {row.label} ({len(row.cells)} of {len(columns)} are there)")
+        elif row.header_tail and row.label.startswith("GPU") and not row.tail.strip():
+            gaps.append(f"the affinities of row {row.label}")
         elif row.label not in columns:
             gaps.append(f"the column of {row.label}, which has a row")
     return gaps
@@ -172,8 +176,7 @@ def _missing(columns: list[str], rows: list[_Row]) -> list[str]:
 
 def _gpu(label: str, row: _Row | None, columns: list[str]) -> Gpu:
     index = int(label[3:])
-    num_gpus = sum(c.startswith("GPU") for c in columns)
-    if row is None or len(row.cells) < num_gpus:
+    if row is None or len(row.cells) < len(columns) or (row.header_tail and not row.tail.strip()):
         return Gpu(index, shown=False)
     cpus, numa, gpu_numa = _read_tail(row)
     return Gpu(

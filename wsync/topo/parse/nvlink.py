@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from wsync.topo.model import Gap, Gpu, Machine, NvLink
 from wsync.topo.parse.text import MAX_DEVICES, bus_id, numbers
+from wsync.topo.platforms import profile_of_product
 
 _GPU = re.compile(r"\s*GPU\s+(\d{1,4}):\s*([^(\n]*?)\s*(?:\(UUID.*)?$")
 _LINK = re.compile(r"\s*Link\s+(\d{1,3})\s*[:,]\s*(.*?)\s*$")
@@ -34,7 +35,7 @@ def looks_like_nvlink(text: str) -> bool:
 
 
 def parse_nvlink(text: str, source: str) -> Machine:
-    """Read a listing. The last GPU of a listing with fewer lines than the others was cut off."""
+    """Read a listing. Inactive links are listed, too: a last GPU with fewer lines than it should have was cut off."""
     listings: dict[int, _Listing] = {}
     now: _Listing | None = None
     for line in text.splitlines():
@@ -45,8 +46,12 @@ def parse_nvlink(text: str, source: str) -> Machine:
             _read_line(now, line)
     found = list(listings.values())
     most = max((len(g.links) for g in found if g.states), default=0)
-    last = found[-1] if len(found) > 1 else None
-    cut = last is not None and last.states and 0 < len(last.links) < most and all(x.active for x in last.links.values())
+    last = found[-1] if found else None
+    cut = False
+    if last is not None and last.states and all(x.active for x in last.links.values()):
+        profile = profile_of_product(last.name)
+        most = max(most, profile.links or 0 if profile is not None else 0)
+        cut = len(last.links) < most
     gaps = []
     if cut and last is not None:
         absent = numbers(set(range(most)) - set(last.links))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from wsync.topo.model import Fabric, Gap, Gpu, Machine, Pcie
 from wsync.topo.parse.text import MAX_DEVICES, bus_id
 
@@ -39,8 +41,11 @@ def parse_query(text: str, source: str) -> Machine:
     gpus = [_gpu(i, bus, _flatten(lines)) for i, (bus, lines) in enumerate(blocks[:MAX_DEVICES])]
     for found in _LOST.finditer(text):
         lost = bus_id(found[1] or "")
-        if lost is None or all(g.bus_id != lost for g in gpus):
+        at = next((i for i, g in enumerate(gpus) if lost is not None and g.bus_id == lost), None)
+        if at is None:
             gpus.append(Gpu(len(gpus), bus_id=lost, lost=True))
+        else:
+            gpus[at] = replace(gpus[at], lost=True)
     gaps = []
     attached = re.search(r"Attached GPUs\s*:\s*(\d{1,4})", head)
     if attached and int(attached[1]) > len(gpus):

@@ -14,6 +14,7 @@ MAX_DEVICES = 4096
 """Of one kind in one input; a larger index is damage, not a machine."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[()][A-Z0-9])")
+_QUOTE = re.compile(r"^[ \t]*[>|]+[ \t]?", re.M)
 _BUS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})(?:\.([0-7]))?")
 
 
@@ -33,10 +34,13 @@ def decode(data: bytes, name: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Without escape codes, NULs and carriage returns; hard spaces become plain ones."""
+    """Without escape codes, NULs, carriage returns and a mail's marks of quotation; hard spaces become plain ones."""
     if "\x1b" in text:
         text = _ANSI.sub("", text)
-    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\xa0", " ")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "").replace("\xa0", " ")
+    if text.lstrip()[:1] in (">", "|"):
+        text = _QUOTE.sub("", text)
+    return text
 
 
 def bus_id(text: str) -> str | None:

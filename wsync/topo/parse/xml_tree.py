@@ -71,7 +71,8 @@ def parse_xml(text: str, name: str) -> Node:
     parser.EndElementHandler = reader.end
     parser.StartDoctypeDeclHandler = reader.refuse_doctype
     try:
-        parser.Parse(text.strip(), True)
+        # Blank lines before an element are allowed, and keep the numbers of lines; before a declaration they are not.
+        parser.Parse(text.lstrip() if text.lstrip().startswith("<?xml") else text, True)
     except expat.ExpatError as e:
         if reader.open:
             where = " > ".join(f"<{node.tag}>" for node in reader.open)
