@@ -287,8 +287,37 @@ def test_any_text_gets_an_answer(text):
     is_answer(text)
 
 
-WORDS = """GPU0 GPU1 GPU9999 NIC0 mlx5_0 NV12 NV99 SYS PIX NODE OK NS N/A <inactive> 0-3,9 = { } <system> </system> -1
-+ 99999999999 <cpu> NCCL_IB_HCA= Legend: NVRM: X 25""".split()
+WORDS = [
+    "GPU0",
+    "GPU1",
+    "GPU9999",
+    "NIC0",
+    "mlx5_0",
+    "NV12",
+    "NV99",
+    "SYS",
+    "PIX",
+    "NODE",
+    "OK",
+    "NS",
+    "N/A",
+    "<inactive>",
+    "0-3,9",
+    "=",
+    "{",
+    "}",
+    "<system>",
+    "</system>",
+    "-1",
+    "+",
+    "99999999999",
+    "<cpu>",
+    "NCCL_IB_HCA=",
+    "Legend:",
+    "NVRM:",
+    "X",
+    "25",
+]
 PHRASES = ["\t", " ", "\n", " X ", "Link 0:", "25 GB/s", "GPU 0: A100", "CPU Affinity", "NUMA Affinity", "NCCL INFO",
            '<pci busid="0:0:0.0">', "+ PCI[12.0] - GPU/1000", "Link 7: Replay Errors: 99999999999999", "NVSMI LOG",
            "all links are inactive", "GPU 00000000:19:00.0", "Attached GPUs : 4"]  # fmt: skip

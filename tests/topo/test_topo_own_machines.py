@@ -59,8 +59,9 @@ def test_all_formats_of_a_healthy_machine_agree(name):
 
 SHAPES = {
     "dgx1": ("mesh", 6), "dgx2": ("switch", 6), "a100": ("switch", 12), "a100_mesh": ("mesh", 12),
-    "a800": ("switch", 8), "h100": ("switch", 18), "h100_mesh": ("mesh", 18), "b200": ("switch", 18), "gb200": ("switch", 18),
-    "a100_bridges": ("bridge", None), "rtx3090_pairs": ("bridge", None), "l40s": ("none", None),
+    "a800": ("switch", 8), "h100": ("switch", 18), "h100_mesh": ("mesh", 18), "b200": ("switch", 18),
+    "gb200": ("switch", 18), "a100_bridges": ("bridge", None),
+    "rtx3090_pairs": ("bridge", None), "l40s": ("none", None),
 }  # fmt: skip
 
 
