@@ -7,7 +7,7 @@ import dataclasses
 
 import machines as m
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsync.errors import WsyncError
@@ -48,6 +48,7 @@ def rows_of(text: str) -> tuple[str, list[str], str]:
 # Damage that is absorbed
 
 
+@settings(deadline=None)
 @given(boxes, st.randoms(use_true_random=False))
 def test_the_order_of_rows_does_not_matter(name, random):
     head, rows, tail = rows_of(MATRICES[name])
@@ -55,6 +56,7 @@ def test_the_order_of_rows_does_not_matter(name, random):
     assert model("\n".join([head, *rows]) + tail)[:3] == model(MATRICES[name])[:3]
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_cells_glued_together_are_taken_apart(name, data):
     box = BOXES[name]
@@ -71,6 +73,7 @@ def test_cells_glued_together_are_taken_apart(name, data):
     assert model("\n".join([head, *rows]) + tail)[:3] == model(MATRICES[name])[:3]
 
 
+@settings(deadline=None)
 @given(
     boxes,
     st.sampled_from(["ansi", "spaces", "crlf", "quoted", "no tab", "no legend", "hard spaces", "pasted in a log"]),
@@ -103,6 +106,7 @@ def test_what_terminals_and_chats_do_to_a_table_is_read_over(name, how):
     assert [g.numa for g in model(text)[0]] == [g.numa for g in known[0]]
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_a_row_that_a_terminal_wrapped_is_joined(name, data):
     head, rows, tail = rows_of(MATRICES[name])
@@ -114,6 +118,7 @@ def test_a_row_that_a_terminal_wrapped_is_joined(name, data):
     assert model("\n".join([head, *rows]) + tail)[1:3] == model(MATRICES[name])[1:3]
 
 
+@settings(deadline=None)
 @given(wired)
 def test_a_table_without_its_header_is_read_and_the_header_is_named_as_missing(name):
     box = dataclasses.replace(BOXES[name], nics=BOXES[name].nics)
@@ -129,6 +134,7 @@ def test_a_table_without_its_header_is_read_and_the_header_is_named_as_missing(n
 # What is missing is named
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_cut_lines_are_named_and_never_make_an_alarm(name, data):
     head, rows, _ = rows_of(MATRICES[name])
@@ -144,6 +150,7 @@ def test_cut_lines_are_named_and_never_make_an_alarm(name, data):
         assert named[0].subject.devices == tuple(f"GPU{i}" for i in range(keep, num_gpus))
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_a_table_cut_anywhere_gives_no_alarm_of_a_fault(name, data):
     text = MATRICES[name]
@@ -153,6 +160,7 @@ def test_a_table_cut_anywhere_gives_no_alarm_of_a_fault(name, data):
     assert report.verdict in ("OK", "UNKNOWN")
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_a_cell_that_was_lost_makes_its_row_untrusted_and_not_wrong(name, data):
     box = BOXES[name]
@@ -167,6 +175,7 @@ def test_a_cell_that_was_lost_makes_its_row_untrusted_and_not_wrong(name, data):
     assert len(report.machines[0].islands) == len(judge(MATRICES[name]).machines[0].islands) or len(box.gpus) <= 2
 
 
+@settings(deadline=None)
 @given(switched, st.data())
 def test_a_listing_cut_anywhere_gives_no_alarm_of_a_fault(name, data):
     text = m.nvlink_s(BOXES[name])
@@ -175,6 +184,7 @@ def test_a_listing_cut_anywhere_gives_no_alarm_of_a_fault(name, data):
     assert alarms(report) <= {"input.incomplete", "input.unreadable", "input.nothing-to-judge", "gpu.count"}
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_xml_cut_anywhere_is_unknown_and_says_what_is_not_closed(name, data):
     text = m.system_xml(BOXES[name])
@@ -189,6 +199,7 @@ def test_xml_cut_anywhere_is_unknown_and_says_what_is_not_closed(name, data):
 # Real changes change the verdict
 
 
+@settings(deadline=None)
 @given(wired, st.data())
 def test_a_link_less_anywhere_is_an_alarm_that_names_its_gpus(name, data):
     box = BOXES[name]
@@ -199,6 +210,7 @@ def test_a_link_less_anywhere_is_an_alarm_that_names_its_gpus(name, data):
     assert {f"GPU{a}", f"GPU{b}"} == blamed
 
 
+@settings(deadline=None)
 @given(wired, st.data())
 def test_one_asymmetric_cell_is_an_alarm_that_names_its_pair(name, data):
     box = BOXES[name]
@@ -212,6 +224,7 @@ def test_one_asymmetric_cell_is_an_alarm_that_names_its_pair(name, data):
     assert report.verdict == "CRIT"
 
 
+@settings(deadline=None)
 @given(wired, st.data())
 def test_an_inactive_link_in_a_listing_is_an_alarm_that_names_its_gpu(name, data):
     box = BOXES[name]
@@ -222,6 +235,7 @@ def test_an_inactive_link_in_a_listing_is_an_alarm_that_names_its_gpu(name, data
     assert str(link) in finding.evidence
 
 
+@settings(deadline=None)
 @given(boxes, st.data())
 def test_a_lane_less_is_an_alarm_that_names_its_gpu(name, data):
     box = BOXES[name]
@@ -231,6 +245,7 @@ def test_a_lane_less_is_an_alarm_that_names_its_gpu(name, data):
     assert (finding.id, finding.subject.devices) == ("pcie.width-reduced", (f"GPU{gpu}",))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=16, unique=True), st.data())
 def test_a_device_that_is_listed_twice_is_an_alarm_and_the_same_list_without_it_is_none(devices, data):
     names = [f"mlx5_{i}" for i in devices]
@@ -263,6 +278,7 @@ SEEDS = [
 ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SEEDS), st.data())
 def test_text_with_pieces_cut_out_doubled_and_swapped_gets_an_answer(seed, data):
     text = seed
@@ -282,6 +298,7 @@ def test_text_with_pieces_cut_out_doubled_and_swapped_gets_an_answer(seed, data)
     is_answer(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400))
 def test_any_text_gets_an_answer(text):
     is_answer(text)
@@ -324,11 +341,13 @@ PHRASES = ["\t", " ", "\n", " X ", "Link 0:", "25 GB/s", "GPU 0: A100", "CPU Aff
 VOCABULARY = st.sampled_from(WORDS + PHRASES)
 
 
+@settings(deadline=None)
 @given(st.lists(VOCABULARY, max_size=60))
 def test_any_sequence_of_our_words_gets_an_answer(words):
     is_answer("".join(words))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="GPUNICVXSYODE0123456789 \t\n", max_size=300))
 def test_every_parser_answers_to_text_that_is_not_its_own(text):
     for _, _, parse in FORMATS:

@@ -6,7 +6,7 @@ import dataclasses
 
 import machines as m
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
@@ -20,6 +20,7 @@ def view_of(*texts: str) -> View:
     return View(read_texts((f"f{i}", t) for i, t in enumerate(texts)).machines[0])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7).flatmap(lambda n: st.integers(n, 9).map(lambda k: (n, k))).flatmap(
     lambda shape: arrays(np.int64, shape, elements=st.integers(0, 9000))))  # fmt: skip
 def test_the_assignment_costs_what_scipy_says_that_the_best_costs(cost):

@@ -266,7 +266,7 @@ def test_a_port_that_is_down_is_worse_when_it_is_a_gpus_own():
     found = {
         f.subject.devices: f.severity for f in judge(m.topo_m(m.h100()), ports).all_findings() if f.id == "nic.down"
     }
-    assert found == {("mlx5_2",): "CRIT", ("mlx5_9",): "WARN"}
+    assert found == {("mlx5_2",): "CRIT", ("mlx5_9",): "INFO"}
 
 
 def test_mig_fabric_and_lost_gpus_are_found():
@@ -352,3 +352,38 @@ def test_hca_lists_name_each_device_once_and_devices_that_exist():
     assert alarms(report) == {"lint.hca-absent": ("mlx5_77",)}
     # A name without "=" is a prefix for NCCL.
     assert judge(m.topo_m(m.h100()), "NCCL_IB_HCA=mlx5\n").verdict == "OK"
+
+
+def part(box, keep):
+    """A virtual machine with some GPUs of a board: links to the others are inactive."""
+    lost = {i: frozenset(range(sum(box.nv[g][j] for j in range(8) if j not in keep))) for i, g in enumerate(keep)}
+    nv = tuple(tuple(box.nv[a][b] for b in keep) for a in keep)
+    return dataclasses.replace(box, gpus=tuple(box.gpus[g] for g in keep), nv=nv, lost_links=lost, nics=())
+
+
+@pytest.mark.parametrize("keep", [(0,), (0, 1), (0, 1, 2, 3), (4, 5, 6, 7)])
+def test_a_tenants_part_of_a_cube_mesh_is_no_fault(keep):
+    box = part(m.dgx1(), keep)
+    for text in (m.topo_m(box), m.nvlink_s(box), m.topo_m(box) + "\n"):
+        assert judge(text).verdict == "OK"
+    assert judge(m.topo_m(box), m.nvlink_s(box)).verdict == "OK"
+
+
+def test_a_machine_with_one_gpu_has_nothing_to_link_to():
+    one = dataclasses.replace(m.h100(), gpus=m.h100().gpus[:1], nv=((0,),), lost_links={0: frozenset(range(18))})
+    assert judge(m.nvlink_s(one)).verdict == "OK"
+    # The listing of GPU 6 alone is of a board that has others.
+    assert judge(m.nvlink_s(one).replace("GPU 0", "GPU 6")).verdict == "CRIT"
+
+
+def test_boards_of_four_that_bridges_join_to_a_mesh_are_recognised():
+    for model in ("NVIDIA H200 NVL", "NVIDIA GB200"):
+        box = dataclasses.replace(m.h100_mesh(), model=model, rate_gbps=53.125)
+        assert judge(m.topo_m(box), m.nvlink_s(box)).verdict == "OK"
+        assert judge(m.topo_m(m.isolate(box, 2)), m.nvlink_s(m.isolate(box, 2))).verdict == "CRIT"
+
+
+def test_a_port_beside_another_that_is_up_is_no_crisis():
+    ports = PORT.format("mlx5_2", "1: DOWN", "2: Polling") + PORT.format("mlx5_3", "4: ACTIVE", "5: LinkUp")
+    report = judge(m.topo_m(m.a100()), ports)
+    assert [(f.id, f.severity) for f in report.all_findings() if f.id == "nic.down"] == [("nic.down", "WARN")]

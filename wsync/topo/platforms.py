@@ -37,6 +37,8 @@ class Profile(msgspec.Struct, frozen=True):
         names: matches of the product's name.
         devices: PCI device ids of NVIDIA (10de).
         nccl_gbps: NCCL's estimate of all links of a GPU.
+        cube_mesh: boards wire eight GPUs to each other, and clouds deal parts of a board: links to GPUs of others are
+            inactive.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Profile(msgspec.Struct, frozen=True):
     names: str = ""
     devices: tuple[str, ...] = ()
     nccl_gbps: tuple[float, ...] = ()
+    cube_mesh: bool = False
 
     @property
     def soldered(self) -> bool:
@@ -64,7 +67,9 @@ _NONE = ("none",)
 _BRIDGE = ("bridge",)
 
 PROFILES: tuple[Profile, ...] = (
-    Profile("p100-sxm2", 4, 20.0, pcie_gtps=8.0, names=r"P100-SXM2", devices=("15f9",), nccl_gbps=(72.0,)),
+    Profile(
+        "p100-sxm2", 4, 20.0, pcie_gtps=8.0, names=r"P100-SXM2", devices=("15f9",), nccl_gbps=(72.0,), cube_mesh=True
+    ),
     Profile("v100-power9", 6, 25.0, joined=("mesh", "bridge"), pcie_gtps=16.0, coherent=True),
     Profile(
         "v100-sxm",
@@ -75,6 +80,7 @@ PROFILES: tuple[Profile, ...] = (
         names=r"V100-SXM",
         nccl_gbps=(120.0, 132.0),
         devices=("1db1", "1db5", "1db8"),
+        cube_mesh=True,
     ),
     Profile("v100-pcie", 0, joined=_NONE, pcie_gtps=8.0, names=r"V100-(PCIE|S-PCIE|FHHL)", devices=("1db4", "1db6")),
     Profile("a800-sxm", 8, 25.0, pcie_gtps=16.0, board_sizes=_SXM, names=r"A800-SXM", devices=("20bd", "20f3")),
@@ -110,7 +116,7 @@ PROFILES: tuple[Profile, ...] = (
         names=r"H100 (PCIe|NVL)|H800 PCIe",
         devices=("2331", "2321", "2322"),
     ),
-    Profile("h200-nvl", 18, 25.0, joined=_BRIDGE, pcie_gtps=32.0, names=r"H200 NVL", devices=("233b",)),
+    Profile("h200-nvl", 18, 25.0, joined=("bridge", "mesh"), pcie_gtps=32.0, names=r"H200 NVL", devices=("233b",)),
     Profile(
         "h100-sxm",
         18,
@@ -125,7 +131,8 @@ PROFILES: tuple[Profile, ...] = (
         "gb200",
         18,
         50.0,
-        joined=("switch",),
+        # Trays of a rack are on switches; NVL4 boards are meshes.
+        joined=("switch", "mesh"),
         pcie_gtps=32.0,
         coherent=True,
         board_sizes=(1, 2, 4),

@@ -56,6 +56,8 @@ def _is_mesh(rows: dict[int, dict[int, int]], biggest: int, profile: Profile) ->
     if "mesh" not in profile.joined:
         return False
     total = _mode(sum(counts.values()) for counts in rows.values())
+    if biggest < SWITCH_COUNTS[0]:
+        return True
     if profile.links is not None:
         return biggest < profile.links and total <= profile.links
     pairs = Counter(n for counts in rows.values() for n in counts.values())

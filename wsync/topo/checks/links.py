@@ -42,6 +42,9 @@ def check_counts(case: Case) -> Iterator[Finding]:
     if len(idle) == len(counts) and not case.profile.soldered:
         yield _no_links(case, idle)
         return
+    if _is_part(case, counts):
+        yield _part(case, usual)
+        return
     for gpu in case.view.gpus:
         count = counts.get(gpu.index)
         if count is None:
@@ -56,6 +59,30 @@ def check_counts(case: Case) -> Iterator[Finding]:
             yield case.finding(
                 "platform.mismatch", "WARN", [gpu], evidence, "the links of the platform", "name the right --platform"
             )
+
+
+def _is_part(case: Case, counts: dict[int, int]) -> bool:
+    """Whether the machine is a tenant's part of a board: one GPU that has none to link to, or part of a cube mesh."""
+    indices = [g.index for g in case.view.gpus]
+    if indices == [0]:
+        return counts == {0: 0}
+    if not case.profile.cube_mesh or sorted(counts) != indices:
+        return False
+    # Half of a cube mesh keeps 4 or 5 of 6 links; a pair keeps 1 or 2, the same for both.
+    pair = indices == [0, 1] and counts[0] == counts[1] and counts[0] in (1, 2)
+    return pair or (indices == [0, 1, 2, 3] and sorted(counts.values()) == [4, 4, 5, 5])
+
+
+def _part(case: Case, count: int) -> Finding:
+    gpus = list(case.view.gpus)
+    return case.finding(
+        "nvlink.partial-view",
+        "INFO",
+        gpus,
+        f"{names(gpus)}: {count} active NVLinks, {len(gpus)} GPUs in sight",
+        f"{case.profile.links} if this is the whole board" if case.profile.links else "",
+        "links to GPUs that this machine does not have are inactive; if it should have more GPUs, see lspci -d 10de:",
+    )
 
 
 def _no_links(case: Case, gpus: list[Gpu]) -> Finding:

@@ -16,16 +16,25 @@ def check_ports(case: Case) -> Iterator[Finding]:
     """Ports are up; those that a GPU would use are as fast as their peers."""
     for nic in case.view.nics:
         if nic.state is not None and nic.state != "ACTIVE":
+            left = [g.label for g in case.view.gpus if case.view.is_local(g, nic) and not _has_other(case, g)]
+            known = any(nic.label in paths for paths in case.view.nic_paths.values())
             near = any(case.view.is_local(g, nic) for g in case.view.gpus)
             yield case.finding(
                 "nic.down",
-                "CRIT" if near else "WARN",
+                # Ports that nobody plugged in are common; one that a GPU depends on is a fault.
+                "CRIT" if left else "WARN" if near or not known else "INFO",
                 [nic],
-                f"{nic.label} is {nic.state}" + (", and a GPU's nearest" if near else ""),
+                f"{nic.label} is {nic.state}"
+                + (f", and {names(left)} has no other near port that is up" if left else ""),
                 "ACTIVE",
                 "check cable, transceiver and switch port; take it out of NCCL_IB_HCA until it is up",
             )
     yield from _check_rates(case)
+
+
+def _has_other(case: Case, gpu: Gpu) -> bool:
+    """Whether a GPU has a near port that is not down."""
+    return any(n.state in (None, "ACTIVE") and case.view.is_local(gpu, n) for n in case.view.nics)
 
 
 def _check_rates(case: Case) -> Iterator[Finding]:

@@ -163,6 +163,15 @@ def _check_mesh(case: Case) -> Iterator[Finding]:
     others = len(case.view.gpus) - 1
     whole = [g for g in case.view.gpus if len(_known(case, g)) == others]
     sums = {g.index: sum(_known(case, g).values()) for g in whole}
+    if others < 4 and _is_cube(case) and all(sums.values()):
+        yield case.finding(
+            "nvlink.partial-view",
+            "INFO",
+            whole,
+            f"a cube mesh of which {len(whole)} GPUs are in sight",
+            "the rest of the links leads to GPUs that this input does not show",
+        )
+        return
     if sums and links not in sums.values() and len(set(sums.values())) == 1:
         total = next(iter(sums.values()))
         if total < links:
@@ -200,6 +209,12 @@ def _check_mesh(case: Case) -> Iterator[Finding]:
             "a mesh that is not all to all",
             "their traffic takes two NVLink hops through a common peer, or PCIe",
         )
+
+
+def _is_cube(case: Case) -> bool:
+    """A board of V100 or P100, where at most two links join a pair."""
+    most = max((p.links for p in case.view.gpu_paths.values()), default=0)
+    return case.profile.cube_mesh or (case.profile.links is None and 0 < most <= 2)
 
 
 def _check_bridges(case: Case) -> Iterator[Finding]:
