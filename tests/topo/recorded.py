@@ -11,9 +11,8 @@ import pytest
 def find_fixtures() -> Path | None:
     """``$WSYNC_TOPO_FIXTURES``, or ``shared/topo_fixtures`` beside the checkout or above it."""
     named = os.environ.get("WSYNC_TOPO_FIXTURES")
-    if named:
-        return Path(named)
-    places = (parent / "shared" / "topo_fixtures" for parent in Path(__file__).resolve().parents)
+    above = [parent / "shared" / "topo_fixtures" for parent in Path(__file__).resolve().parents]
+    places = [Path(named)] if named else above
     return next((p for p in places if (p / "MANIFEST.tsv").is_file()), None)
 
 
