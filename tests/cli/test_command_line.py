@@ -61,6 +61,9 @@ OPTIONS = {
         "--chart",
         "--trace",
     },
+    "wsync topo": {"--help", "-h"},
+    "wsync topo check": {"--help", "-h", "--host", "--platform", "--json"},
+    "wsync topo save": {"--help", "-h", "--host", "--output"},
 }
 """Frozen: an option may be added here on purpose, and never be taken away."""
 
