@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 from shm_publish import COLUMNS, ROWS, Layout, measure_together
 
-from wsync.bench.limit import measure_memcpy
+from wsync.bench.limit import measure_memcpy, num_cores
 from wsync.plan import PlanOptions, make_plan
 from wsync.sim import simulate
 from wsync.sim.calibrate import Measured, calibrate
@@ -55,24 +55,32 @@ def best(reports):
 def measured(request):
     """Recipe, the best publish of each layout, and how many times faster all cores copy than one."""
     layouts = {name: replace(layout, recipe=request.param) for name, layout in MEASURED.items()}
-    scaling = copy_scaling()
-    reports = measure_together(layouts, REPEATS)
-    return request.param, {name: best(found) for name, found in reports.items()}, scaling
+    cores = Cores()
+    reports = measure_together(layouts, REPEATS, cores.copy)
+    return request.param, {name: best(found) for name, found in reports.items()}, cores.scaling
 
 
-def copy_scaling():
-    """How many times faster all cores together copy than one of them."""
-    cores = os.sched_getaffinity(0)
-    alone = together = 0.0
-    try:
-        for _ in range(4):  # they take turns, so that other load meets both
-            os.sched_setaffinity(0, cores)
-            together = max(together, measure_memcpy().gbps)
+class Cores:
+    """How many times faster all cores together copy than one of them, the best of several times each."""
+
+    def __init__(self):
+        self.alone = self.together = 0.0
+
+    def copy(self):
+        cores = os.sched_getaffinity(0)
+        try:
+            self.together = max(self.together, self._once())
             os.sched_setaffinity(0, {min(cores)})
-            alone = max(alone, measure_memcpy().gbps)
-    finally:
-        os.sched_setaffinity(0, cores)
-    return min(max(together / alone, 1.0), len(cores))
+            self.alone = max(self.alone, self._once())
+        finally:
+            os.sched_setaffinity(0, cores)
+
+    def _once(self):
+        return measure_memcpy(rounds=1, total_bytes=128 << 20).gbps
+
+    @property
+    def scaling(self):
+        return min(max(self.together / self.alone, 1.0), float(num_cores()))
 
 
 def predict(layout, options, scaling):
