@@ -72,6 +72,7 @@ _DEEPSEEK_V3: dict[str, Any] = {
     "num_key_value_heads": 128,
     "n_shared_experts": 1,
     "n_routed_experts": 256,
+    "n_group": 8,
     "first_k_dense_replace": 3,
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
@@ -88,6 +89,7 @@ _KIMI_K2: dict[str, Any] = {
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
     "n_routed_experts": 384,
+    "n_group": 1,
     "first_k_dense_replace": 1,
 }
 
@@ -156,6 +158,7 @@ _MAGISTRAL_SMALL: dict[str, Any] = {
 }
 
 _QWEN3_5_397B: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
     "model_type": "qwen3_5_moe_text",
     "vocab_size": 248320,
     "hidden_size": 4096,
