@@ -14,6 +14,7 @@ import pytest
 import vllm_recordings
 
 from wsync.describe import describe_sink, load_model
+from wsync.errors import RecipeError
 from wsync.spec.manifest import SinkRankManifest
 from wsync.spec.recipes import recipe_parts
 from wsync.spec.serde import decode
@@ -83,3 +84,22 @@ def test_every_element_goes_where_vllm_puts_it(recordings, tmp_path, case):
     for name in a:
         assert a[name][0] == b[name][0], name
         np.testing.assert_array_equal(a[name][1], b[name][1], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("case", "refusal", "cut", "fits"),
+    [
+        (vllm_recordings.CUT[0], "input_size_per_partition = 64 is not divisible by", "64", "replicas=4"),
+        (vllm_recordings.CUT[1], "the engine's loader failed at or before", "64", "replicas=2"),
+    ],
+    ids=["columns", "rows"],
+)
+def test_a_layout_that_cuts_blocks_of_scales_is_refused_where_vllm_cannot_load_it(
+    recordings, tmp_path, case, refusal, cut, fits
+):
+    assert refusal in (recordings / f"{vllm_recordings.name_of(case)}.error").read_text()
+    model = load_model(vllm_recordings.save_config(case, tmp_path))
+    with pytest.raises(RecipeError, match=rf"blocks of 128 .* the layout cuts .* at {cut}") as caught:
+        describe_sink(model, case.layout, ["host"] * case.size, case.recipe)
+    assert caught.value.hint == f"fp8_block128 fits these layouts of as many ranks: {fits}"
+    describe_sink(model, fits, ["host"] * case.size, case.recipe)

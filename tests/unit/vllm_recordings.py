@@ -1,4 +1,4 @@
-"""What vLLM's own loaders do to tiny models, recorded for one rank of each layout: ``python vllm_recordings.py FOLDER``.
+"""What vLLM's own loaders do to tiny models, recorded for one rank of a layout: ``python vllm_recordings.py FOLDER``.
 
 Runs in a process of its own: it sets the size and rank of vLLM's tensor parallel group, so that this process builds and
 loads the part of any rank. Nothing is computed, so that no rank has to talk to another one.
@@ -132,6 +132,10 @@ def cases() -> list[Case]:
     return [*found, Case("qwen3_moe", 2, 3, True, dp=2), Case("qwen3_moe", 2, 3, dp=2)]
 
 
+CUT = (Case("qwen3", 4, 0, recipe="fp8_block128"), Case("qwen3", 2, 0, recipe="fp8_block128"))
+"""Layouts that cut blocks: of columns and of rows, of rows alone."""
+
+
 def name_of(case: Case) -> str:
     """Of a case's file."""
     experts = f"-ep-{case.placement}" if case.experts else ""
@@ -214,7 +218,7 @@ def _stand_in_for_torchvision() -> None:
 
 def _install() -> None:
     """A kernel for fp8, which vLLM has for few processors, and the text decoder alone of Qwen3.5."""
-    import transformers.image_processing_utils  # looks for torchvision, too, and does without
+    import transformers.image_processing_utils  # noqa: F401  (it looks for torchvision, too, and does without)
     from vllm import ModelRegistry
 
     _stand_in_for_torchvision()
@@ -240,7 +244,7 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         parallel_state.initialize_model_parallel(1, 1, backend="gloo")
-        for case in cases():
+        for case in (*cases(), *CUT):
             try:
                 (out / f"{name_of(case)}.manifest").write_bytes(encode(_record(case, Path(folder))))
             except Exception:

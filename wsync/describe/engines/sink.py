@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from wsync.describe.engines.advice import working_layouts
 from wsync.describe.engines.choices import check_recipe
 from wsync.describe.engines.grid import ROUND_ROBIN, Grid, Place, experts_of_rank, layers_of_stage
 from wsync.describe.engines.groups import Module, gather
@@ -15,7 +16,7 @@ from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import EMBEDDING, OTHER
 from wsync.describe.trainers.fsdp import num_experts
 from wsync.describe.trainers.scheme import num_layers
-from wsync.errors import ConfigError, ManifestError
+from wsync.errors import ConfigError, ManifestError, RecipeError
 from wsync.spec.manifest import CopySpec, RankInfo, SinkManifest, SinkRankManifest, StorageSpec
 
 
@@ -37,14 +38,18 @@ def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: 
         ManifestError: a matrix that the layout does not say how to cut.
     """
     check_recipe(recipe)
-    grid = Grid(layout, len(hosts))
+    grid = Grid(layout)
+    grid.check_world(len(hosts))
     total = num_experts(model)
     if grid.ep > max(total, 1):
         raise ConfigError(f"layout {layout!r} has ep={grid.ep}, but {model.name} has {total} experts")
     if grid.placement == ROUND_ROBIN:
         _check_groups(model, layout)
     with _no_collection():
-        ranks = _describe_replica(model, grid, recipe, total)
+        try:
+            ranks = _describe_replica(model, grid, recipe, total)
+        except RecipeError as e:
+            raise RecipeError(e.message, hint=_advice(model, grid, recipe, total) or e.hint) from e
     return SinkManifest(
         tuple(
             SinkRankManifest(
@@ -60,6 +65,21 @@ def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: 
             for i, host in enumerate(hosts)
         )
     )
+
+
+def _advice(model: ModelShape, grid: Grid, recipe: str, total: int) -> str:
+    def of_outer_ranks(other: Grid) -> None:
+        if other.ep > max(total, 1):
+            raise ConfigError(f"ep={other.ep}, but {total} experts")
+        _describe_replica(model, other, recipe, total, (0, other.size - 1))
+
+    found = working_layouts(grid, total > 0, of_outer_ranks)
+    return f"{recipe} fits these layouts of as many ranks: {' or '.join(found)}" if found else ""
+
+
+def engine_ranks(layout: str) -> int:
+    """How many ranks the replicas of a layout have together. Raises as `describe_sink`."""
+    return Grid(layout).num_ranks
 
 
 def _check_groups(model: ModelShape, layout: str) -> None:
@@ -99,13 +119,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _describe_replica(model: ModelShape, grid: Grid, recipe: str, total: int) -> list[_Described]:
+def _describe_replica(
+    model: ModelShape, grid: Grid, recipe: str, total: int, ranks: Sequence[int] | None = None
+) -> list[_Described]:
     modules = gather(tuple(t for t in model.tensors if t.alias_of is None))
     tied = {t.alias_of for t in model.tensors}
     parts = PartBoxes()
     layers = num_layers(model)
     out = []
-    for rank in range(grid.size):
+    for rank in range(grid.size) if ranks is None else ranks:
         place = grid.place(rank)
         experts = experts_of_rank(total, place.ep, place.ep_size, grid.placement)
         builder = RankBuilder(model.facts, place, recipe, Storages(parts))
