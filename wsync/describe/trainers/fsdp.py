@@ -149,6 +149,9 @@ class Fsdp:
         if dim is not None and splits:
             cuts[lead + dim] = local_intervals(shape[lead + dim], splits)
         if by_rows:
+            # `fully_shard` refuses any other cut of a dimension that is not the first.
+            local = shape[lead] // self.etp if dim == 0 else shape[lead]
+            divided(local, self.efsdp, f"rows of one expert's part of {part.stem}", "fsdp * tp / (ep * etp)")
             rows = (
                 [Split(efsdp, self.efsdp, split_factor=self.etp), *splits]
                 if dim == 0 and splits
