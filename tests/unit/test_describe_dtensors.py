@@ -145,7 +145,7 @@ def experts_model():
     ],
 )
 def test_stacked_experts_are_cut_by_experts_or_by_rows_as_torch_cuts_them(as_rank, layout, fsdp, ep, etp):
-    """The experts of a projection are one parameter ``[E, rows, cols]``, cut by `fully_shard` as torchtitan tells it."""
+    """The experts of a projection are one parameter ``[E, rows, cols]``, which torchtitan has `fully_shard` cut."""
     world = fsdp * ep * etp
     source = describe_source(experts_model(), layout, ["h"] * world)
     by_rows = "ep" in layout.replace("experts", "") and fsdp * ep > EXPERTS

@@ -139,9 +139,7 @@ def test_scales_of_blocks_lie_as_vllm_puts_them(arrays, tp):
     model = tiny(heads=16, kv_heads=4, head_dim=128, hidden=1, intermediate=512)
     sink = describe_sink(model, f"tp={tp}", ["h"] * tp, "fp8_block128")
     recipes = sink.ranks[0].recipes
-    numbers = numbered(
-        arrays, case, ("q", "k", "v"), model, ATTENTION, lambda t: recipes.get(t.name, "bf16"), step=128
-    )
+    numbers = numbered(arrays, case, ("q", "k", "v"), model, ATTENTION, lambda t: recipes.get(t.name, "bf16"), step=128)
     for rank, local in enumerate(arrays[f"{case}/block_scale_local"]):
         found = memory(sink.ranks[rank], model.tensors)[f"{ATTENTION}qkv_proj.weight_scale_inv"][1]
         assert [numbers[i] for i in found.tolist()] == local.ravel().tolist()
