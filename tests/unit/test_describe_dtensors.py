@@ -139,6 +139,8 @@ def experts_model():
         ("fsdp=4,ep=2", 2, 2, 1),
         ("fsdp=4,tp=2,ep=2", 4, 2, 1),
         ("fsdp=6,ep=6", 1, 6, 1),
+        ("fsdp=6,ep=2", 3, 2, 1),
+        ("fsdp=8,ep=1", 8, 1, 1),
         ("fsdp=4,tp=2,ep=2,etp=2", 2, 2, 2),
         ("fsdp=4,experts=stacked", 4, 1, 1),
         ("fsdp=8,experts=stacked", 8, 1, 1),
@@ -148,7 +150,7 @@ def test_stacked_experts_are_cut_by_experts_or_by_rows_as_torch_cuts_them(as_ran
     """The experts of a projection are one parameter ``[E, rows, cols]``, which torchtitan has `fully_shard` cut."""
     world = fsdp * ep * etp
     source = describe_source(experts_model(), layout, ["h"] * world)
-    by_rows = "ep" in layout.replace("experts", "") and fsdp * ep > EXPERTS
+    by_rows = ep > 1 and fsdp * ep > EXPERTS  # torchtitan's `apply_fsdp`
     for rank in range(world):
         mesh = as_rank(rank, (fsdp, ep, etp), ("fsdp", "ep", "etp"))
         for kind, (rows, cols) in KINDS.items():

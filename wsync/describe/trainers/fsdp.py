@@ -134,7 +134,7 @@ class Fsdp:
         """What a rank holds of one expert, or of all of them in one tensor."""
         etp, ep, efsdp = rank % self.etp, rank // self.etp % self.ep, rank // self.etp // self.ep
         experts = (ep * self.num_experts // self.ep, (ep + 1) * self.num_experts // self.ep)
-        by_rows = self.by_ep and self.efsdp * self.ep > self.num_experts
+        by_rows = self.ep > 1 and self.efsdp * self.ep > self.num_experts
         if not by_rows:
             begin, end = chunk_bounds(experts[1] - experts[0], self.efsdp, efsdp)
             experts = (experts[0] + begin, experts[0] + end)
