@@ -74,7 +74,7 @@ class Fans:
         return found
 
     def _sent(self, copies: dict[int, int]) -> tuple[list[int], list[int]]:
-        """Bytes that holders send through each port and each directed link; all copies of families that are not given."""
+        """Bytes that holders send through each port and each directed link; every copy of families not given."""
         load = [0] * len(self.speed)
         work = []
         for i in self.remote:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wsync.plan.flows import DemandGroup, Route, Routing, Share
-from wsync.plan.nodes import ATTOSECONDS, Nodes
+from wsync.plan.flows import DemandGroup, Flow, Route, Routing, Share
+from wsync.plan.nodes import Nodes
 from wsync.plan.route.assign import Run, assign, take
-from wsync.plan.route.relays import GRAIN, Fan, Fans
-from wsync.plan.route.shapes import GOLDEN, Part, best_width, find_parts, sampled, tree_of
+from wsync.plan.route.plots import MIN_PART_BUCKETS
+from wsync.plan.route.relays import Fans
 from wsync.plan.route.stripes import Stripes
-from wsync.plan.route.survey import Family, Survey
+from wsync.plan.route.survey import Mode, Survey
 from wsync.plan.route.trees import TreeBook
+from wsync.plan.timing import plan_times
 from wsync.plan.types import PlanOptions
 
-MIN_PART_BUCKETS = 2
-"""Trees are not changed for less than this many buckets."""
-MINOR_FILL = 0.004
-"""Chains that fill in this part of the busiest port's time are not made shallower."""
-
-Stretch = list[tuple[int, list[tuple[int, int]]]]
+ENOUGH = 0.995
+"""Bytes cross shared links otherwise than from the nearest holder only if that makes a plan this much faster."""
 
 
 def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, options: PlanOptions) -> Routing:
@@ -37,16 +34,34 @@ def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, option
     Raises:
         ConfigError: no path leads from any holder of a group to one of its needers; both nodes are named.
     """
-    survey = Survey(nodes)
+    best = _route(Survey(nodes), groups, nodes, bucket_bytes, options)
+    if nodes.zones.count < 2 or not best.trees:
+        return best
+    seconds = _seconds(best, nodes, bucket_bytes)
+    for mode in (Mode.JOINED, Mode.OPEN):
+        other = _route(Survey(nodes, mode), groups, nodes, bucket_bytes, options)
+        other_s = _seconds(other, nodes, bucket_bytes)
+        if other_s < seconds * ENOUGH:
+            best, seconds = other, other_s
+    return best
+
+
+def _route(
+    survey: Survey, groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, options: PlanOptions
+) -> Routing:
     survey.add(groups)
     fans = Fans(survey.bundles, nodes, options.relay)
-    if options.relay and nodes.zones.count > 1:
-        joined = Survey(nodes, joined=True)
-        joined.add(groups)
-        other = Fans(joined.bundles, nodes, options.relay)
-        if other.worst < fans.worst * 0.995:
-            survey, fans = joined, other
     return _Router(nodes, survey, fans, bucket_bytes).routing(len(groups))
+
+
+def _seconds(routing: Routing, nodes: Nodes, bucket_bytes: int) -> float:
+    total: dict[tuple[int, int], int] = {}
+    for routes in routing.routes:
+        for found in routes:
+            for rank, tree, nbytes in found.shares:
+                total[(rank, tree)] = total.get((rank, tree), 0) + nbytes
+    flows = [Flow(0, rank, 0, tree, (), n) for (rank, tree), n in total.items()]
+    return plan_times(routing.trees, flows, nodes, bucket_bytes).time_s
 
 
 class _Router:
@@ -60,12 +75,6 @@ class _Router:
         self.bucket_bytes = bucket_bytes
         self.book = TreeBook(nodes)
         self.carried = [0] * len(nodes.sinks)
-        self._total: dict[tuple[int, Fan], int] = {}
-        for bundle, fan in zip(self.bundles, fans.of, strict=True):
-            key = (bundle.family.number, fan)
-            self._total[key] = self._total.get(key, 0) + bundle.nbytes
-        self._position: dict[tuple[int, Fan], int] = {}
-        self._parts: dict[tuple[int, Fan], list[tuple[Part, tuple[tuple[int, int], ...]]]] = {}
 
     def routing(self, num_groups: int) -> Routing:
         runs = assign(self.legs, self.bundles, self.fans, self.nodes, self.bucket_bytes)
@@ -79,7 +88,7 @@ class _Router:
                 self._hand_out(run, self._local(run), shares)
             else:
                 run.loads.sort(key=lambda x: (self.nodes.sources[x.rank].own, x.leg_idx))
-                self._hand_out(run, self._remote(run, found), shares)
+                self._hand_out(run, found, shares)
         routes: list[list[Route]] = [[] for _ in range(num_groups)]
         for leg, mine in zip(self.legs, shares, strict=True):
             routes[leg.group_idx].append(Route(leg.family.sinks, tuple(_merged(mine))))
@@ -107,49 +116,6 @@ class _Router:
             self.carried[head] += nbytes * len(members)
             out.append((self.book.local(family, head), nbytes))
         return out
-
-    def _remote(self, run: Run, stripes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Cut stripes where the family's trees change."""
-        family, fan = self.bundles[run.bundle_idx].family, self.fans.of[run.bundle_idx]
-        key = (family.number, fan)
-        parts = self._parts.get(key)
-        if parts is None:
-            parts = self._parts[key] = self._find_parts(family, fan)
-        if len(parts) == 1:
-            return [(self.book.remote(family, parts[0][1], way), nbytes) for way, nbytes in stripes]
-        # With an uneven number of copies of the sender, every sender has to go through all parts.
-        whole = fan.source % GRAIN == 0
-        total = self._total[key] if whole else run.nbytes
-        at = self._position.get(key, 0) if whole else 0
-        out = []
-        for way, nbytes in stripes:
-            end = at + nbytes
-            while at < end:
-                place = at % total
-                part, edges = next(x for x in parts if place < x[0].end * total - 0.5 or x is parts[-1])
-                step = max(1, min(end - at, round(part.end * total) - place))
-                out.append((self.book.remote(family, edges, way), step))
-                at += step
-        self._position[key] = at
-        return out
-
-    def _find_parts(self, family: Family, fan: Fan) -> list[tuple[Part, tuple[tuple[int, int], ...]]]:
-        count = len(family.islands)
-        relays = fan.relays or (0,) * count
-        width = self._width(family, fan.source // GRAIN)
-        parts = find_parts(fan.source / GRAIN, [r / GRAIN for r in relays], width)
-        limit = max(1, self._total[(family.number, fan)] // (MIN_PART_BUCKETS * self.bucket_bytes))
-        parts = sampled(parts, limit, family.number * GOLDEN)
-        return [(part, tuple(tree_of(part, i, family.zones))) for i, part in enumerate(parts)]
-
-    def _width(self, family: Family, source: int) -> int:
-        if len(set(family.zones)) > 1:
-            return 1
-        lanes = [self.nodes.sinks[m[0]] for m in family.members]
-        rate = min((self.nodes.nics[i].rate_gbps for lane in lanes for i in lane.reach), default=1.0)
-        bucket_s = min(self.bucket_bytes, family.nbytes) / (rate * 1e9)
-        enough_s = self.fans.worst / ATTOSECONDS * MINOR_FILL
-        return best_width(len(lanes), source, self.nodes.cluster.alpha_s, bucket_s, enough_s)
 
 
 def _merged(shares: Sequence[Share]) -> Sequence[Share]:

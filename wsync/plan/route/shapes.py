@@ -8,6 +8,7 @@ end of one. Any numbers of children with sum n and at least one child of the sen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 GOLDEN = 0.6180339887498949
@@ -51,7 +52,7 @@ def find_parts(source: float, relays: Sequence[float], width: int) -> list[Part]
     bars = _lay([a * scale for a in amounts], rows)
     edges = sorted({0.0, 1.0, *(x for _, _, *ends in bars for x in ends)})
     out = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         if end - start < EDGE:
             continue
         degrees = [0] * (count + 1)

@@ -1,8 +1,9 @@
-"""Which NICs the bytes of a run take: its straight way where nothing is late by it, else those that are done first."""
+"""Which trees and NICs the bytes of a run take: straight ways where nothing is late by them, else those done first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -10,12 +11,15 @@ import numpy.typing as npt
 
 from wsync.plan.nodes import Nodes, byte_cost
 from wsync.plan.route.assign import Run
-from wsync.plan.route.relays import GRAIN, Fan, Fans
+from wsync.plan.route.plots import Plot, Plots
+from wsync.plan.route.relays import Fans
 from wsync.plan.route.survey import Bundle, Family
 from wsync.plan.route.trees import TreeBook
 
-COARSE = 100
-"""A run of more than one part in so many of what a NIC carries is striped over several."""
+COARSE = 200
+"""A piece of more than one part in so many of what a NIC carries is striped over several."""
+MAX_PIECES = 6000
+"""About as many pieces are chosen for, unless there are more runs."""
 LATE = 1.002
 """A NIC is late if it carries more than this many times what the busiest one has to."""
 STEEPNESS = 7
@@ -23,7 +27,7 @@ STEEPNESS = 7
 
 
 class _Ways(NamedTuple):
-    """What each way of a run loads: parts of the cluster, and how much of the busiest one's time a byte takes there."""
+    """What each way of a tree loads: parts of the cluster, and which part of the busiest time a byte takes there."""
 
     parts: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
@@ -36,72 +40,90 @@ class Stripes:
         nodes: of the job.
         bundles: that runs belong to.
         fans: of the bundles.
-        book: of the trees, for the doors.
+        book: of the trees.
         bucket_bytes: stripes are whole buckets.
     """
 
     def __init__(self, nodes: Nodes, bundles: Sequence[Bundle], fans: Fans, book: TreeBook, bucket_bytes: int) -> None:
         self.nodes = nodes
         self.bundles = bundles
-        self.fans = fans
         self.book = book
         self.bucket_bytes = bucket_bytes
+        self.plots = Plots(bundles, fans, nodes, bucket_bytes)
         unit = max(1, fans.worst)
         self.cost = [byte_cost(n.rate_gbps) / unit for n in nodes.nics]
         self.local_cost = [nodes.local_cost[n] / unit for n in nodes.sink_node]
         self.level = np.zeros(2 * len(nodes.nics) + len(nodes.sinks))
-        self._ways: dict[tuple[int, Fan, int], _Ways] = {}
+        self._ways: dict[tuple[int, int, tuple[tuple[int, int], ...]], _Ways] = {}
 
     def choose(self, runs: Sequence[Run]) -> list[list[tuple[int, int]]]:
-        """For each run its stripes as (way, bytes), in order of the NICs that they leave by."""
+        """For each run its (tree, bytes), in order of the NICs that they leave by."""
+        order = sorted(range(len(runs)), key=lambda i: (-runs[i].nbytes, i))
+        plots: list[list[Plot]] = [[] for _ in runs]
+        for i in order:
+            plots[i] = self.plots.cut(runs[i])
+        late = self._straight(runs, plots)
+        scale = MAX_PIECES / max(1, sum(r.nbytes for r in runs))
         out: list[list[tuple[int, int]]] = [[] for _ in runs]
-        open_idx: list[int] = []
-        straight: list[int] = []
-        for i, run in enumerate(runs):
-            single = self.book.doors(self.bundles[run.bundle_idx].family).single
-            (straight if single else open_idx).append(i)
-            if single:
-                self._add(self.ways(run), 0, run.nbytes)
-        late = set(np.nonzero(self.level > LATE)[0].tolist())
-        for i in straight:
-            ways = self.ways(runs[i])
-            if late and not late.isdisjoint(ways.parts[0].tolist()):
-                self._add(ways, 0, -runs[i].nbytes)
-                open_idx.append(i)
+        for i in order:
+            family = self.bundles[runs[i].bundle_idx].family
+            if i in late:
+                limit = int(runs[i].nbytes * scale / len(plots[i])) + 1
+                out[i] = self._striped(runs[i], family, plots[i], limit)
             else:
-                out[i] = [(0, runs[i].nbytes)]
-        for i in sorted(open_idx, key=lambda i: (-runs[i].nbytes, i)):
-            out[i] = self._stripe(runs[i])
+                out[i] = [(self.book.remote(family, plot.edges, 0), plot.nbytes) for plot in plots[i]]
         return out
 
-    def ways(self, run: Run) -> _Ways:
-        """What each way of a run loads."""
-        family, fan = self.bundles[run.bundle_idx].family, self.fans.of[run.bundle_idx]
-        key = (family.number, fan, run.port)
+    def _straight(self, runs: Sequence[Run], plots: Sequence[Sequence[Plot]]) -> set[int]:
+        """Load straight ways; returns the runs that have none, or not one that is early enough."""
+        late = set()
+        for i, run in enumerate(runs):
+            if self.book.doors(self.bundles[run.bundle_idx].family).single:
+                self._add_all(run, plots[i], 1)
+            else:
+                late.add(i)
+        busy = set(np.nonzero(self.level > LATE)[0].tolist())
+        for i, run in enumerate(runs):
+            if (
+                busy
+                and i not in late
+                and any(not busy.isdisjoint(self.ways(run, plot).parts[0].tolist()) for plot in plots[i])
+            ):
+                self._add_all(run, plots[i], -1)
+                late.add(i)
+        return late
+
+    def _add_all(self, run: Run, plots: Sequence[Plot], sign: int) -> None:
+        for plot in plots:
+            self._add(self.ways(run, plot), 0, sign * plot.nbytes)
+
+    def ways(self, run: Run, plot: Plot) -> _Ways:
+        """What each way of a run's tree loads."""
+        family = self.bundles[run.bundle_idx].family
+        key = (family.number, run.port, plot.edges)
         found = self._ways.get(key)
         if found is None:
-            found = self._ways[key] = self._find_ways(family, fan, run.port)
+            found = self._ways[key] = self._find_ways(family, run.port, plot.edges)
         return found
 
-    def _find_ways(self, family: Family, fan: Fan, port: int) -> _Ways:
+    def _find_ways(self, family: Family, port: int, edges: Sequence[tuple[int, int]]) -> _Ways:
         doors, nodes, count = self.book.doors(family), self.nodes, len(self.cost)
         reach = nodes.ports[port].nics
-        sent = fan.source / GRAIN / len(family.islands)
         parts: list[list[int]] = []
         costs: list[list[float]] = []
         for way in range(max(doors.count, len(reach))):
             loads: dict[int, float] = {}
-            for at, members in enumerate(family.members):
-                door = doors.at(at, way)
+            found = [doors.at(at, way) for at in range(len(family.members))]
+            for before, at in edges:
+                door = found[at]
                 out = reach[door.rail % len(reach)]
+                if before >= 0:
+                    out = nodes.sink_nic(found[before].head, door.rail)
                 loads[door.nic] = loads.get(door.nic, 0.0) + self.cost[door.nic]
-                loads[count + out] = loads.get(count + out, 0.0) + sent * self.cost[out]
-                if fan.relays and fan.relays[at]:
-                    on = nodes.sink_nic(door.head, door.rail)
-                    loads[count + on] = loads.get(count + on, 0.0) + fan.relays[at] / GRAIN * self.cost[on]
-                if len(members) > 1:
-                    head = 2 * count + door.head
-                    loads[head] = loads.get(head, 0.0) + (len(members) - 1) * self.local_cost[door.head]
+                loads[count + out] = loads.get(count + out, 0.0) + self.cost[out]
+                others = len(family.members[at]) - 1
+                if others:
+                    loads[2 * count + door.head] = others * self.local_cost[door.head]
             parts.append(list(loads))
             costs.append(list(loads.values()))
         width = max(len(p) for p in parts)
@@ -111,30 +133,35 @@ class Stripes:
         )
 
     def _add(self, ways: _Ways, way: int, nbytes: int) -> None:
-        # Parts of one way differ, but for the padding, which costs nothing.
         np.add.at(self.level, ways.parts[way], ways.costs[way] * nbytes)
 
-    def _stripe(self, run: Run) -> list[tuple[int, int]]:
-        ways = self.ways(run)
-        count = len(ways.parts)
-        total: dict[int, int] = {}
-        for nbytes in self._pieces(run.nbytes, count, float(ways.costs.max())):
-            way = 0
-            if count > 1:
-                after = self.level[ways.parts] + ways.costs * nbytes
-                way = int(np.argmin((ways.costs * after**STEEPNESS).sum(axis=1)))
-            self._add(ways, way, nbytes)
-            total[way] = total.get(way, 0) + nbytes
-        reach = self.nodes.ports[run.port].nics
-        rail = self.book.doors(self.bundles[run.bundle_idx].family).at
-        return sorted(total.items(), key=lambda x: (rail(0, x[0]).rail % len(reach), x[0]))
+    def _striped(self, run: Run, family: Family, plots: Sequence[Plot], limit: int) -> list[tuple[int, int]]:
+        total: dict[tuple[int, int], int] = {}
+        for at, plot in enumerate(plots):
+            ways = self.ways(run, plot)
+            for nbytes in self._pieces(plot.nbytes, max(2 * len(ways.parts), limit), ways):
+                way = 0
+                if len(ways.parts) > 1:
+                    after = self.level[ways.parts] + ways.costs * nbytes
+                    way = int(np.argmin((ways.costs * after**STEEPNESS).sum(axis=1)))
+                self._add(ways, way, nbytes)
+                total[(at, way)] = total.get((at, way), 0) + nbytes
+        found = [(self._leaves_by(run, family, plots[at], way), at, way) for at, way in total]
+        return [(self.book.remote(family, plots[at].edges, way), total[(at, way)]) for _, at, way in sorted(found)]
 
-    def _pieces(self, nbytes: int, count: int, cost: float) -> list[int]:
+    def _leaves_by(self, run: Run, family: Family, plot: Plot, way: int) -> int:
+        """The NIC of the sender's first hop."""
+        reach = self.nodes.ports[run.port].nics
+        first = next(at for before, at in plot.edges if before < 0)
+        return reach[self.book.doors(family).at(first, way).rail % len(reach)]
+
+    def _pieces(self, nbytes: int, limit: int, ways: _Ways) -> Iterator[int]:
         """Cut into parts of whole buckets if it is coarse, else not at all."""
         unit = self.bucket_bytes
-        wanted = min(2 * count, int(nbytes * cost * COARSE) + 1, nbytes // unit)
-        if count == 1 or wanted < 2:
-            return [nbytes]
+        wanted = min(limit, int(nbytes * float(ways.costs.max()) * COARSE) + 1, nbytes // unit)
+        if len(ways.parts) == 1 or wanted < 2:
+            yield nbytes
+            return
         buckets = -(-nbytes // unit)
-        ends = [min(nbytes, (i + 1) * buckets // wanted * unit) for i in range(wanted)]
-        return [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
+        for a, b in pairwise([*(i * buckets // wanted * unit for i in range(wanted)), nbytes]):
+            yield b - a

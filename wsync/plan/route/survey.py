@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 from wsync.errors import ConfigError
@@ -17,6 +18,18 @@ from wsync.plan.nodes import Nodes
 
 ANY = -1
 """Holders of every zone."""
+
+
+class Mode(Enum):
+    """What may cross shared links beside the first copy for a zone where no holder is.
+
+    ZONED: nothing. JOINED: sinks may pass bytes on to other zones, which spares the holders copies. OPEN: holders serve
+    zones that have holders of their own, which spares these.
+    """
+
+    ZONED = 0
+    JOINED = 1
+    OPEN = 2
 
 
 @dataclass(eq=False, slots=True)
@@ -91,16 +104,16 @@ class Survey:
 
     Args:
         nodes: of the job.
-        joined: whether engine ranks may pass bytes on to other zones.
+        mode: what may cross shared links.
 
     Attributes:
         legs: of all groups so far, in order of group.
         bundles: of the legs, in order of first use.
     """
 
-    def __init__(self, nodes: Nodes, joined: bool = False) -> None:
+    def __init__(self, nodes: Nodes, mode: Mode = Mode.ZONED) -> None:
         self.nodes = nodes
-        self.joined = joined
+        self.mode = mode
         self.legs: list[Leg] = []
         self.bundles: list[Bundle] = []
         self._holders: dict[tuple[int, ...], _Holders] = {}
@@ -161,19 +174,28 @@ class Survey:
                 local.setdefault(self._nearest(here.ranks, sink), []).append(sink)
             else:
                 zone = nodes.zone[node]
-                served = zone if zone in holders.zones else ANY
-                remote.setdefault(ANY if served == ANY and self.joined else zone, []).append(sink)
+                remote.setdefault(self._served(holders, zone), []).append(sink)
         out = []
         for ranks, members in sorted(local.items()):
             out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks)))
         for zone, members in sorted(remote.items()):
-            senders = holders.zones.get(zone) or holders.zones[ANY]
+            senders = holders.zones.get(zone) if self.mode is not Mode.OPEN else None
+            senders = senders or holders.zones[ANY]
             if not senders.by_port:
                 rank = holders.ranks[0]
                 raise self._no_path(rank, members[0], nodes.source_node[rank])
             self._check_reach(senders.ranks[0], members)
             out.append((self._bundle(self._intern(tuple(members), False), tuple(senders.by_port)), senders))
         return out
+
+    def _served(self, holders: _Holders, zone: int) -> int:
+        """The zone with which one is served: itself, but where zones are joined another."""
+        if self.mode is Mode.JOINED:
+            own = [z for z in holders.zones if z != ANY]
+            if len(own) == 1:
+                return own[0]
+            return zone if zone in own else ANY
+        return zone
 
     def _nearest(self, ranks: tuple[int, ...], sink: int) -> tuple[int, ...]:
         """Of the holders on a sink's island those on its GPU; else in its NVLink domain; else on its node; else all."""
