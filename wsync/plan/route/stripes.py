@@ -71,7 +71,8 @@ class Stripes:
                 limit = int(runs[i].nbytes * scale / len(plots[i])) + 1
                 out[i] = self._striped(runs[i], family, plots[i], limit)
             else:
-                out[i] = [(self.book.remote(family, plot.edges, 0), plot.nbytes) for plot in plots[i]]
+                count = len(self.nodes.ports[runs[i].port].nics)
+                out[i] = [(self.book.remote(family, plot.edges, 0, count), plot.nbytes) for plot in plots[i]]
         return out
 
     def _straight(self, runs: Sequence[Run], plots: Sequence[Sequence[Plot]]) -> set[int]:
@@ -111,9 +112,9 @@ class Stripes:
         reach = nodes.ports[port].nics
         parts: list[list[int]] = []
         costs: list[list[float]] = []
-        for way in range(max(doors.count, len(reach))):
+        for way in range(doors.num_ways(len(reach))):
             loads: dict[int, float] = {}
-            found = [doors.at(at, way) for at in range(len(family.members))]
+            found = [doors.at(at, way, len(reach)) for at in range(len(family.members))]
             for before, at in edges:
                 door = found[at]
                 out = reach[door.rail % len(reach)]
@@ -146,14 +147,15 @@ class Stripes:
                     way = int(np.argmin((ways.costs * after**STEEPNESS).sum(axis=1)))
                 self._add(ways, way, nbytes)
                 total[(at, way)] = total.get((at, way), 0) + nbytes
-        found = [(self._leaves_by(run, family, plots[at], way), at, way) for at, way in total]
-        return [(self.book.remote(family, plots[at].edges, way), total[(at, way)]) for _, at, way in sorted(found)]
+        found = sorted((self._leaves_by(run, family, plots[at], way), at, way) for at, way in total)
+        count = len(self.nodes.ports[run.port].nics)
+        return [(self.book.remote(family, plots[at].edges, way, count), total[(at, way)]) for _, at, way in found]
 
     def _leaves_by(self, run: Run, family: Family, plot: Plot, way: int) -> int:
         """The NIC of the sender's first hop."""
         reach = self.nodes.ports[run.port].nics
         first = next(at for before, at in plot.edges if before < 0)
-        return reach[self.book.doors(family).at(first, way).rail % len(reach)]
+        return reach[self.book.doors(family).at(first, way, len(reach)).rail % len(reach)]
 
     def _pieces(self, nbytes: int, limit: int, ways: _Ways) -> Iterator[int]:
         """Cut into parts of whole buckets if it is coarse, else not at all."""
