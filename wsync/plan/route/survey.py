@@ -18,6 +18,8 @@ from wsync.plan.nodes import Nodes
 
 ANY = -1
 """Holders of every zone."""
+REST = -1.0
+"""The part of a group's bytes that the leg before it leaves."""
 
 
 class Mode(Enum):
@@ -135,11 +137,12 @@ class Survey:
             split = holders.splits.get(group.sinks)
             if split is None:
                 split = holders.splits[group.sinks] = self._cut(holders, group.sinks)
-            rest = group.nbytes
+            rest = 0
             for bundle, senders, part in split:
-                nbytes = group.nbytes if part >= 1.0 else min(rest, round(group.nbytes * part))
+                nbytes = group.nbytes
                 if part < 1.0:
-                    rest -= nbytes
+                    nbytes = rest if part < 0.0 else round(nbytes * part)
+                    rest = group.nbytes - nbytes
                     if not nbytes:
                         continue
                 bundle.family.nbytes += nbytes
@@ -214,7 +217,7 @@ class Survey:
             return [(own if own and self.mode is not Mode.FREE else every, 1.0)]
         if self.mode is not Mode.OPEN:
             return [(own, 1.0)]
-        return [(every, 1.0)] if self.part >= 1.0 else [(every, self.part), (own, 1.0 - self.part)]
+        return [(every, 1.0)] if self.part >= 1.0 else [(every, self.part), (own, REST)]
 
     def _nearest(self, ranks: tuple[int, ...], sink: int) -> tuple[int, ...]:
         """Of the holders on a sink's island those on its GPU; else in its NVLink domain; else on its node; else all."""
