@@ -47,7 +47,22 @@ OPTIONS = {
     "wsync doctor": {"--help", "-h", "--json"},
     "wsync keygen": {"--help", "-h"},
     "wsync topo": {"--help", "-h"},
-    "wsync topo check": {"--help", "-h", "--host", "--platform", "--json"},
+    "wsync topo check": {
+        "--help",
+        "-h",
+        "--host",
+        "--platform",
+        "--exit-style",
+        "--fail-on",
+        "--json",
+        "--nagios",
+        "--quiet",
+        "--matrix",
+        "--prometheus",
+        "--junit",
+        "--svg",
+        "--png",
+    },
     "wsync topo save": {"--help", "-h", "--host", "--output"},
 }
 """Frozen: an option may be added here on purpose, and never be taken away."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from typing import Any
 
 from wsync.cli.topo.exits import add_exit_arguments, counted_verdict, exit_of
@@ -32,6 +33,13 @@ def run_check(args: argparse.Namespace) -> int:
         report = check_topology(topology, args.platform)
     except ConfigError as e:
         print_unjudged(e, args)
+        return exit_of("UNKNOWN", args.exit_style)
+    except Exception as e:
+        # A mistake of ours says nothing of the machine: Python's status 1 would read WARN, and drain it in a prolog.
+        if args.debug:
+            raise
+        traceback.print_exc()
+        print_unjudged(ConfigError(f"wsync failed: {type(e).__name__}: {e}", hint="please report it"), args)
         return exit_of("UNKNOWN", args.exit_style)
     verdict = counted_verdict(report, args.exit_style, args.fail_on)
     written = write_outputs(report, topology, args, verdict)

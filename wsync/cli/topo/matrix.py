@@ -17,8 +17,8 @@ from wsync.topo.view import View
 
 MARKS: dict[Severity | None, str] = {None: "", "INFO": "", "WARN": "!", "CRIT": "!!", "UNKNOWN": "?"}
 LEGEND = (
-    "NV18: that many NVLinks  PIX, PXB: one, several PCIe switches  PHB: CPU's host bridge  "
-    "NODE: NUMA node  SYS: across sockets  .: not told  ! WARN  !! CRIT  ? UNKNOWN"
+    "NV18: 18 NVLinks   PIX, PXB: one, several PCIe switches   PHB: CPU's host bridge   NODE: NUMA node",
+    "SYS: across sockets   .: not told   !: WARN   !!: CRIT   ?: UNKNOWN",
 )
 _UNKNOWN = "."
 
@@ -40,7 +40,8 @@ def print_matrix(machine: Machine, report: MachineReport, console: Console | Non
         for row in rows:
             line = _line(heads[row], [(cells[row, c], widths[c]) for c in block], side)
             console.print(line, soft_wrap=True)
-    console.print(Text(LEGEND, "dim"))
+    for text in LEGEND:
+        console.print(Text(text, "dim"))
 
 
 def _head(health: Health, label: str) -> Text:

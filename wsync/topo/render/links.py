@@ -111,7 +111,6 @@ def _label(panel: Panel, x: float, y: float, text: str, ink: Ink) -> None:
 
 
 def _draw_bar(panel: Panel) -> None:
-    left, right = 14.0, panel.width - 14.0
     ink = INKS[_worst(panel)]
     switches = sum(d.kind == "nvswitch" for d in panel.machine.pci) or _num_targets(panel)
     name = "NVSwitch" if switches < 2 else f"{switches} NVSwitches"
@@ -120,7 +119,8 @@ def _draw_bar(panel: Panel) -> None:
     dash: tuple[float, ...] = ()
     if panel.report.joined == "unknown":
         text, dash = "NVLinks: where they lead is not told", INKS["UNKNOWN"].dash
-    top = 14.0
+    top, left = 14.0, 14.0
+    right = left + max(panel.width - 28, text_width(text, 12, True) + 12)
     panel.add(Rect(left, top, right - left, BAR, ink.fill, ink.stroke, 1.6, 6, dash, title=text))
     panel.add(Text((left + right) / 2, top + 18, text, 12, "middle", True))
     for gpu in panel.machine.gpus:

@@ -43,6 +43,7 @@ def nagios_line(report: Report, verdict: Verdict | None = None) -> str:
 def status_text(verdict: Verdict, text: str) -> str:
     """The part before the performance data; what the format reserves is replaced."""
     plain = " ".join(text.replace("|", "/").split())
+    plain = "".join(c if c.isprintable() else "?" for c in plain)
     if len(plain) > MAX_TEXT:
         plain = plain[: MAX_TEXT - 3] + "..."
     return f"TOPO {WORDS[verdict]} - {plain}"

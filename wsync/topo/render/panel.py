@@ -24,7 +24,7 @@ BOX, GAP = 92.0, 10.0
 GPU_HEIGHT, NIC_HEIGHT, SWITCH_HEIGHT, CPU_HEIGHT = 60.0, 46.0, 20.0, 24.0
 WIRE = 24.0
 PAD, BETWEEN = 14.0, 16.0
-_PCIE_IDS = ("pcie.", "nic.down", "nic.slow", "lint.speed")
+_PCIE_IDS = ("pcie.", "nic.down", "nic.slow", "lint.speed-unknown")
 
 
 class Panel:

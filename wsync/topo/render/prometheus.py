@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from wsync.topo.findings import Finding, Verdict
+from wsync.topo.findings import Verdict
 from wsync.topo.render.summary import count_findings, host_names
 from wsync.topo.report import MachineReport, Report
 
@@ -37,7 +37,7 @@ def prometheus_text(report: Report, now_s: float) -> str:
         now_s: time of the check, in seconds since 1970; alert on its age to notice a check that no longer runs.
     """
     samples = [s for m, name in zip(report.machines, host_names(report), strict=True) for s in _of_machine(m, name)]
-    samples += _of_findings(report.findings)
+    samples += _of_findings(report)
     samples.append(("wsync_topo_last_check_timestamp_seconds", {}, now_s))
     lines = []
     for metric, help_text in METRICS.items():
@@ -55,15 +55,14 @@ def _of_machine(machine: MachineReport, name: str) -> Iterable[Sample]:
     yield "wsync_topo_nics", host, machine.num_nics
     for severity, count in count_findings(machine.findings).items():
         yield "wsync_topo_findings", {**host, "severity": severity}, count
-    yield from _of_findings(machine.findings, name)
 
 
-def _of_findings(findings: Iterable[Finding], name: str | None = None) -> Iterable[Sample]:
+def _of_findings(report: Report) -> Iterable[Sample]:
     """Findings with equal labels are one sample: a second one would make the collector refuse the whole file."""
+    found = [(f.subject.host or "", f) for f in report.findings]
+    found += [(name, f) for m, name in zip(report.machines, host_names(report), strict=True) for f in m.findings]
     keys = Counter(
-        (f.subject.host or "" if name is None else name, f.id, f.severity, " ".join(f.subject.devices[:16]))
-        for f in findings
-        if f.severity != "INFO"
+        (name, f.id, f.severity, " ".join(f.subject.devices[:16])) for name, f in found if f.severity != "INFO"
     )
     for (host, finding_id, severity, devices), count in keys.items():
         labels = {"host": host, "id": finding_id, "severity": severity, "devices": devices}
