@@ -144,14 +144,9 @@ def test_the_guide_lists_every_metric_with_its_meaning():
 
 def test_hosts_of_one_name_stay_apart():
     report = report_of(m.h100(), m.h100())
-    same = msgspec.structs.replace(
-        report, machines=tuple(msgspec.structs.replace(x, host="n") for x in report.machines)
-    )
-    assert host_names(same) == ["n", "n #2"]
-    nameless = msgspec.structs.replace(
-        report, machines=tuple(msgspec.structs.replace(x, host=None) for x in same.machines)
-    )
-    assert host_names(nameless) == ["machine 1", "machine 2"]
+    for host, names in (("n", ["n", "n #2"]), (None, ["machine 1", "machine 2"])):
+        machines = tuple(msgspec.structs.replace(x, host=host) for x in report.machines)
+        assert host_names(msgspec.structs.replace(report, machines=machines)) == names
 
 
 # ---- verdicts that count

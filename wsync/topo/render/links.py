@@ -8,7 +8,6 @@ from wsync.topo.checks.links import active_links
 from wsync.topo.findings import Finding, Severity
 from wsync.topo.model import Gpu
 from wsync.topo.render.scene import INK, INKS, PAPER, SOFT, Arc, Ink, Line, Rect, Text, text_width
-from wsync.topo.view import View
 
 if TYPE_CHECKING:
     from wsync.topo.render.panel import Panel
@@ -55,7 +54,7 @@ def _order(panel: Panel) -> list[str]:
 
 def _pairs(panel: Panel) -> list[tuple[str, str]]:
     """Pairs to draw an arc for: all that NVLink joins, or on a switch those with a finding of their own."""
-    view, order = View(panel.machine), _order(panel)
+    view, order = panel.view, _order(panel)
     found = {tuple(sorted(p, key=order.index)) for p in panel.health.pairs if p[0] in order and p[1] in order}
     if not _has_bar(panel):
         labels = ((f"GPU{a}", f"GPU{b}") for (a, b), p in view.gpu_paths.items() if p.kind == "NV")
@@ -89,8 +88,7 @@ def _ends(panel: Panel) -> dict[tuple[str, str], float]:
 
 
 def _draw_arc(panel: Panel, a: str, b: str, ends: tuple[float, float], span: int) -> None:
-    view = View(panel.machine)
-    path = view.path(a, b)
+    path = panel.view.path(a, b)
     severity = panel.health.of_pair(a, b)
     finding = panel.health.pairs.get((a, b)) or panel.health.pairs.get((b, a))
     ink = INKS[severity]
@@ -155,7 +153,7 @@ def _count(panel: Panel, gpu: Gpu) -> int | None:
     listed = active_links(gpu)
     if listed is not None:
         return listed
-    counts = View(panel.machine).links_between[gpu.index].values()
+    counts = panel.view.links_between[gpu.index].values()
     return max(counts, default=None)
 
 

@@ -19,6 +19,7 @@ from wsync.topo.render.layout import Frame, Group, find_frames
 from wsync.topo.render.links import draw_links, links_height
 from wsync.topo.render.scene import INK, INKS, SHADE, SOFT, Ink, Line, Rect, Shape, Text, shorten, text_width
 from wsync.topo.report import MachineReport
+from wsync.topo.view import View
 
 BOX, GAP = 92.0, 10.0
 GPU_HEIGHT, NIC_HEIGHT, SWITCH_HEIGHT, CPU_HEIGHT = 60.0, 46.0, 20.0, 24.0
@@ -38,6 +39,7 @@ class Panel:
     def __init__(self, machine: Machine, report: MachineReport) -> None:
         self.machine = machine
         self.report = report
+        self.view = View(machine)
         self.health: Health = find_health(machine, report)
         self.shapes: list[Shape] = []
         self.gpu_x: dict[str, float] = {}
