@@ -79,7 +79,6 @@ def test_no_machine_at_all_is_unknown(tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["check"],
         ["check", "FILE", "--fail-on", "sometimes"],
         ["check", "FILE", "--exit-style", "loud"],
         ["check", "FILE", "--wings"],
@@ -115,7 +114,7 @@ def test_wrong_arguments_of_other_commands_stay_status_two_and_help_stays_zero(c
 
 def test_a_style_in_two_words_counts_for_wrong_arguments(capsys):
     with pytest.raises(SystemExit) as e:
-        main(["--debug", "topo", "check", "--exit-style", "npd"])
+        main(["--debug", "topo", "check", "--exit-style", "npd", "--wings"])
     assert e.value.code == 2
 
 
@@ -213,6 +212,20 @@ def test_metrics_replace_the_file_as_a_whole_and_everyone_may_read_it(inputs, tm
     capsys.readouterr()
     assert check(inputs / "OK", "--prometheus", "-") == 0
     assert capsys.readouterr().out.startswith("# HELP wsync_topo_verdict ")
+
+
+def test_the_collector_never_meets_an_unfinished_file(inputs, tmp_path, monkeypatch):
+    seen = []
+    replace = os.replace
+
+    def look(source, target):
+        seen.extend(p.name for p in tmp_path.glob("*.prom"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    assert check(inputs / "CRIT", "--prometheus", tmp_path / "wsync.prom") == 2
+    assert seen == []
+    assert (tmp_path / "wsync.prom").exists()
 
 
 def test_a_file_that_cannot_be_written_hides_neither_the_fault_nor_the_other_files(inputs, tmp_path, capsys):

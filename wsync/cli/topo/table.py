@@ -12,6 +12,8 @@ from wsync.topo.report import MachineReport, Report
 STYLES = {"OK": "green", "INFO": "cyan", "UNKNOWN": "magenta", "WARN": "yellow", "CRIT": "bold red"}
 _MAX_SYMPTOMS = 6
 
+__all__ = ["STYLES", "describe", "describe_all", "print_report", "sorted_by_cause", "symptom_rows", "where"]
+
 
 def print_report(report: Report, quiet: bool = False) -> None:
     """Print what concerns several machines, then each of them.
