@@ -131,8 +131,13 @@ def best_bucket_bytes(chain_bytes: int, num_hops: int, rate_gbps: float, alpha_s
 
 
 def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
-    """Seconds from the arrival of the first bucket at the first rank until it is at the last one."""
-    at = {SOURCE: 0.0}
+    """Seconds from the arrival of the first bucket at the first rank until it is at the last one.
+
+    A rank that passes a bucket on to several others makes one copy after the other. Trainer ranks do so too, but each
+    begins with other sinks.
+    """
+    at: dict[int, float] = {}
+    busy: dict[tuple[int, bool], float] = {}
     for (src, dst), rail in zip(tree.hops, tree.rails, strict=True):
         if src == SOURCE:
             at[dst] = 0.0
@@ -141,9 +146,10 @@ def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
         if rail == LOCAL:
             rate = min(nodes.groups[here.node].local_gbps, nodes.groups[there.node].local_gbps)
         else:
-            ends = (nodes.sink_nic(src, rail), nodes.sink_nic(dst, rail))
-            rate = min(nodes.nics[i].rate_gbps for i in ends)
-        at[dst] = at[src] + nodes.cluster.alpha_s + bucket_bytes / (rate * 1e9)
+            rate = min(nodes.nics[i].rate_gbps for i in (nodes.sink_nic(src, rail), nodes.sink_nic(dst, rail)))
+        sent = busy.get((src, rail == LOCAL), at[src]) + bucket_bytes / (rate * 1e9)
+        busy[(src, rail == LOCAL)] = sent
+        at[dst] = sent + nodes.cluster.alpha_s
     return max(at.values())
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from wsync.plan.flows import LOCAL, Tree
 from wsync.plan.nodes import Nodes
@@ -24,8 +22,9 @@ class Door(NamedTuple):
 class Doors:
     """The ways into every island of a family.
 
-    Way ``v`` of an island uses another NIC, and where it can another head, than way ``v + 1``. Way 0 of an island where
-    only one rank needs the bytes is that rank's own NIC.
+    Way ``v`` of an island uses another NIC, or where all NICs are used another head, than way ``v + 1``. Way 0 of an
+    island where only one rank needs the bytes is that rank's own NIC. As rails are counted at both ends, ways beyond
+    those of an island go on to other NICs of the sender.
 
     Args:
         family: that is not local.
@@ -34,47 +33,44 @@ class Doors:
     Attributes:
         ways: for each island its doors.
         count: as many as it takes to use every door of every island.
-        nics: ``int64 [count, num_islands]`` indices of the NICs that way v enters by.
         single: every island has one needer, so that way 0 is the straight one.
     """
 
     def __init__(self, family: Family, nodes: Nodes) -> None:
+        self.nodes = nodes
         self.ways = [_doors(m, nodes) for m in family.members]
         self.count = max(len(w) for w in self.ways)
         self.single = all(len(m) == 1 for m in family.members)
-        self.nics: npt.NDArray[np.int64] = np.array(
-            [[w[v % len(w)].nic for w in self.ways] for v in range(self.count)], dtype=np.int64
-        )
 
     def at(self, island: int, way: int) -> Door:
         """The door of the island at this position for one way."""
         doors = self.ways[island]
-        return doors[way % len(doors)]
+        door = doors[way % len(doors)]
+        size = len(self.nodes.sinks[door.head].reach)
+        return door._replace(rail=door.rail + way // size * size)
+
+    def nics(self, way: int) -> list[int]:
+        """The NICs that one way enters islands by."""
+        return [w[way % len(w)].nic for w in self.ways]
 
 
 def _doors(members: tuple[int, ...], nodes: Nodes) -> list[Door]:
+    """One door for each NIC that the members reach, and where there are more members than NICs one for each of them."""
     lanes = {s: nodes.sinks[s] for s in members if nodes.sinks[s].port >= 0}
     nics = sorted({n for lane in lanes.values() for n in lane.reach})
     heads = list(lanes)
-    if len(heads) >= len(nics):
-        return [_own_door(s, i, nodes) for i, s in enumerate(heads)]
     first = lanes[heads[0]].own
     start = nics.index(first[0]) if len(heads) == 1 and first else 0
+    near = {
+        nic: [s for s in heads if nic in lanes[s].own] or [s for s in heads if nic in lanes[s].reach] for nic in nics
+    }
     doors = []
-    for i in range(len(nics)):
+    for i in range(max(len(nics), len(heads))):
         nic = nics[(start + i) % len(nics)]
-        able = [s for s in heads if nic in lanes[s].reach]
-        near = [s for s in able if nic in lanes[s].own] or able
-        head = near[i % len(near)]
+        able = near[nic]
+        head = able[(i // len(nics) + (i if len(able) == len(heads) else 0)) % len(able)]
         doors.append(Door(head, lanes[head].reach.index(nic), nic))
     return doors
-
-
-def _own_door(sink: int, turn: int, nodes: Nodes) -> Door:
-    lane = nodes.sinks[sink]
-    nics = lane.own or lane.reach
-    nic = nics[turn % len(nics)]
-    return Door(sink, lane.reach.index(nic), nic)
 
 
 class TreeBook:
@@ -85,46 +81,42 @@ class TreeBook:
         self.trees: list[Tree] = []
         self._index: dict[Tree, int] = {}
         self._doors: dict[int, Doors] = {}
-        self._made: dict[tuple[int, int, int, int], int] = {}
+        self._made: dict[tuple[object, ...], int] = {}
 
     def doors(self, family: Family) -> Doors:
         """The doors of a family, worked out once."""
-        found = self._doors.get(id(family))
+        found = self._doors.get(family.number)
         if found is None:
-            found = self._doors[id(family)] = Doors(family, self.nodes)
+            found = self._doors[family.number] = Doors(family, self.nodes)
         return found
 
     def local(self, family: Family, head: int) -> int:
         """Index of the tree inside one island that starts at ``head``."""
-        key = (id(family), head, -1, -1)
+        key = (family.number, head)
         found = self._made.get(key)
         if found is None:
             hops = [(SOURCE, head), *self._inside(head, family.members[0])]
             found = self._made[key] = self._add(family, hops, [LOCAL] * len(hops))
         return found
 
-    def remote(self, family: Family, num_chains: int, rotation: int, way: int) -> int:
-        """Index of the tree of ``num_chains`` chains through the islands, the first beginning at ``rotation``."""
-        key = (id(family), num_chains, rotation, way)
+    def remote(self, family: Family, edges: Sequence[tuple[int, int]], way: int) -> int:
+        """Index of the tree whose hops between islands are ``edges``, by position, as `shapes.attach` makes them."""
+        key = (family.number, way, tuple(edges))
         found = self._made.get(key)
         if found is None:
-            found = self._made[key] = self._chains(family, num_chains, rotation, way)
+            found = self._made[key] = self._make(family, edges, way)
         return found
 
-    def _chains(self, family: Family, num_chains: int, rotation: int, way: int) -> int:
-        doors, count = self.doors(family), len(family.islands)
+    def _make(self, family: Family, edges: Sequence[tuple[int, int]], way: int) -> int:
+        doors = self.doors(family)
         hops: list[tuple[int, int]] = []
         rails: list[int] = []
         fan: list[tuple[int, int]] = []
-        for chain in range(num_chains):
-            before = SOURCE
-            for at in range(chain * count // num_chains, (chain + 1) * count // num_chains):
-                island = (at + rotation) % count
-                door = doors.at(island, way)
-                hops.append((before, door.head))
-                rails.append(door.rail)
-                fan += self._inside(door.head, family.members[island])
-                before = door.head
+        for before, island in edges:
+            door = doors.at(island, way)
+            hops.append((SOURCE if before < 0 else doors.at(before, way).head, door.head))
+            rails.append(door.rail)
+            fan += self._inside(door.head, family.members[island])
         return self._add(family, hops + fan, rails + [LOCAL] * len(fan))
 
     def _inside(self, head: int, members: tuple[int, ...]) -> list[tuple[int, int]]:
