@@ -38,7 +38,7 @@ def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, option
     if nodes.zones.count < 2 or not best.trees:
         return best
     seconds = _seconds(best, nodes, bucket_bytes)
-    for mode in (Mode.JOINED, Mode.OPEN):
+    for mode in (Mode.JOINED, Mode.OPEN, Mode.FREE):
         other = _route(Survey(nodes, mode), groups, nodes, bucket_bytes, options)
         other_s = _seconds(other, nodes, bucket_bytes)
         if other_s < seconds * ENOUGH:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ MAX_PIECES = 6000
 """About as many pieces are chosen for, unless there are more runs."""
 LATE = 1.002
 """A NIC is late if it carries more than this many times what the busiest one has to."""
+MAX_SWEEPS = 12
+"""Pieces are placed again at most so many times, fewer where there are many."""
 STEEPNESS = 7
 """Loads are summed up to the power of one more than this, so that the highest counts most."""
 
@@ -31,6 +34,17 @@ class _Ways(NamedTuple):
 
     parts: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
+
+
+@dataclass(eq=False, slots=True)
+class _Piece:
+    """Bytes of one plot of a run that take one way."""
+
+    run_idx: int
+    plot_idx: int
+    ways: _Ways
+    nbytes: int
+    way: int = 0
 
 
 class Stripes:
@@ -63,16 +77,52 @@ class Stripes:
         for i in order:
             plots[i] = self.plots.cut(runs[i])
         late = self._straight(runs, plots)
-        scale = MAX_PIECES / max(1, sum(r.nbytes for r in runs))
         out: list[list[tuple[int, int]]] = [[] for _ in runs]
         for i in order:
-            family = self.bundles[runs[i].bundle_idx].family
-            if i in late:
-                limit = int(runs[i].nbytes * scale / len(plots[i])) + 1
-                out[i] = self._striped(runs[i], family, plots[i], limit)
-            else:
-                out[i] = [(self.book.remote(family, plot.edges, 0), plot.nbytes) for plot in plots[i]]
+            if i not in late:
+                family = self.bundles[runs[i].bundle_idx].family
+                count = len(self.nodes.ports[runs[i].port].nics)
+                out[i] = [(self.book.remote(family, plot.edges, 0, count), plot.nbytes) for plot in plots[i]]
+        pieces = self._cut([(i, runs[i], plots[i]) for i in order if i in late])
+        for piece in pieces:
+            self._place(piece)
+        self._settle(pieces)
+        for i, found in groupby(pieces, key=lambda p: p.run_idx):
+            out[i] = self._trees(runs[i], plots[i], list(found))
         return out
+
+    def _cut(self, runs: Sequence[tuple[int, Run, Sequence[Plot]]]) -> list[_Piece]:
+        scale = MAX_PIECES / max(1, sum(run.nbytes for _, run, _ in runs))
+        pieces = []
+        for i, run, plots in runs:
+            limit = int(run.nbytes * scale / len(plots)) + 1
+            for at, plot in enumerate(plots):
+                ways = self.ways(run, plot)
+                for nbytes in self._pieces(plot.nbytes, max(2 * len(ways.parts), limit), ways):
+                    pieces.append(_Piece(i, at, ways, nbytes))
+        return pieces
+
+    def _place(self, piece: _Piece) -> None:
+        """Put a piece where the levels after it are lowest."""
+        ways, way = piece.ways, 0
+        if len(ways.parts) > 1:
+            after = self.level[ways.parts] + ways.costs * piece.nbytes
+            way = int(np.argmin((ways.costs * after**STEEPNESS).sum(axis=1)))
+        piece.way = way
+        self._add(ways, way, piece.nbytes)
+
+    def _settle(self, pieces: Sequence[_Piece]) -> None:
+        """Place pieces again, now that all others are there, for as long as something is late and that helps."""
+        top = float(self.level.max(initial=0.0))
+        for _ in range(min(MAX_SWEEPS, MAX_PIECES // max(1, len(pieces)))):
+            if top <= LATE:
+                return
+            for piece in pieces:
+                self._add(piece.ways, piece.way, -piece.nbytes)
+                self._place(piece)
+            before, top = top, float(self.level.max(initial=0.0))
+            if top > before * 0.9999:
+                return
 
     def _straight(self, runs: Sequence[Run], plots: Sequence[Sequence[Plot]]) -> set[int]:
         """Load straight ways; returns the runs that have none, or not one that is early enough."""
@@ -111,9 +161,9 @@ class Stripes:
         reach = nodes.ports[port].nics
         parts: list[list[int]] = []
         costs: list[list[float]] = []
-        for way in range(max(doors.count, len(reach))):
+        for way in range(doors.num_ways(len(reach))):
             loads: dict[int, float] = {}
-            found = [doors.at(at, way) for at in range(len(family.members))]
+            found = [doors.at(at, way, len(reach)) for at in range(len(family.members))]
             for before, at in edges:
                 door = found[at]
                 out = reach[door.rail % len(reach)]
@@ -135,25 +185,21 @@ class Stripes:
     def _add(self, ways: _Ways, way: int, nbytes: int) -> None:
         np.add.at(self.level, ways.parts[way], ways.costs[way] * nbytes)
 
-    def _striped(self, run: Run, family: Family, plots: Sequence[Plot], limit: int) -> list[tuple[int, int]]:
+    def _trees(self, run: Run, plots: Sequence[Plot], pieces: Sequence[_Piece]) -> list[tuple[int, int]]:
+        family = self.bundles[run.bundle_idx].family
         total: dict[tuple[int, int], int] = {}
-        for at, plot in enumerate(plots):
-            ways = self.ways(run, plot)
-            for nbytes in self._pieces(plot.nbytes, max(2 * len(ways.parts), limit), ways):
-                way = 0
-                if len(ways.parts) > 1:
-                    after = self.level[ways.parts] + ways.costs * nbytes
-                    way = int(np.argmin((ways.costs * after**STEEPNESS).sum(axis=1)))
-                self._add(ways, way, nbytes)
-                total[(at, way)] = total.get((at, way), 0) + nbytes
-        found = [(self._leaves_by(run, family, plots[at], way), at, way) for at, way in total]
-        return [(self.book.remote(family, plots[at].edges, way), total[(at, way)]) for _, at, way in sorted(found)]
+        for piece in pieces:
+            key = (piece.plot_idx, piece.way)
+            total[key] = total.get(key, 0) + piece.nbytes
+        found = sorted((self._leaves_by(run, family, plots[at], way), at, way) for at, way in total)
+        count = len(self.nodes.ports[run.port].nics)
+        return [(self.book.remote(family, plots[at].edges, way, count), total[(at, way)]) for _, at, way in found]
 
     def _leaves_by(self, run: Run, family: Family, plot: Plot, way: int) -> int:
         """The NIC of the sender's first hop."""
         reach = self.nodes.ports[run.port].nics
         first = next(at for before, at in plot.edges if before < 0)
-        return reach[self.book.doors(family).at(first, way).rail % len(reach)]
+        return reach[self.book.doors(family).at(first, way, len(reach)).rail % len(reach)]
 
     def _pieces(self, nbytes: int, limit: int, ways: _Ways) -> Iterator[int]:
         """Cut into parts of whole buckets if it is coarse, else not at all."""

@@ -24,12 +24,13 @@ class Mode(Enum):
     """What may cross shared links beside the first copy for a zone where no holder is.
 
     ZONED: nothing. JOINED: sinks may pass bytes on to other zones, which spares the holders copies. OPEN: holders serve
-    zones that have holders of their own, which spares these.
+    zones that have holders of their own, which spares these. FREE: both.
     """
 
     ZONED = 0
     JOINED = 1
     OPEN = 2
+    FREE = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -179,7 +180,7 @@ class Survey:
         for ranks, members in sorted(local.items()):
             out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks)))
         for zone, members in sorted(remote.items()):
-            senders = holders.zones.get(zone) if self.mode is not Mode.OPEN else None
+            senders = holders.zones.get(zone) if self.mode in (Mode.ZONED, Mode.JOINED) else None
             senders = senders or holders.zones[ANY]
             if not senders.by_port:
                 rank = holders.ranks[0]
@@ -190,6 +191,8 @@ class Survey:
 
     def _served(self, holders: _Holders, zone: int) -> int:
         """The zone with which one is served: itself, but where zones are joined another."""
+        if self.mode is Mode.FREE:
+            return ANY
         if self.mode is Mode.JOINED:
             own = [z for z in holders.zones if z != ANY]
             if len(own) == 1:

@@ -19,39 +19,57 @@ class Door(NamedTuple):
     nic: int
 
 
+MAX_WAYS = 64
+MAX_SKEWED_ISLANDS = 3
+"""Ways that enter islands on different rails are tried for families of so few islands."""
+
+
 class Doors:
     """The ways into every island of a family.
 
-    Way ``v`` of an island uses another NIC, or where all NICs are used another head, than way ``v + 1``. Way 0 of an
-    island where only one rank needs the bytes is that rank's own NIC. As rails are counted at both ends, ways beyond
-    those of an island go on to other NICs of the sender.
+    Way 0 of a family with one needer on each island is straight: to the needers' own NICs. Each other way enters all
+    islands by NICs of equal number, and by another one than the way before, or where all NICs are used at another rank;
+    families of few islands have ways that enter each island by another one, too. As rails are counted at both ends,
+    ways beyond those of an island go on to other NICs of the sender.
 
     Args:
         family: that is not local.
         nodes: of the job.
 
     Attributes:
-        ways: for each island its doors.
-        count: as many as it takes to use every door of every island.
+        count: how many ways use every door of every island.
         single: every island has one needer, so that way 0 is the straight one.
     """
 
     def __init__(self, family: Family, nodes: Nodes) -> None:
         self.nodes = nodes
-        self.ways = [_doors(m, nodes) for m in family.members]
-        self.count = max(len(w) for w in self.ways)
+        self.islands = [_doors(m, nodes) for m in family.members]
+        self.count = max(len(w) for w in self.islands)
         self.single = all(len(m) == 1 for m in family.members)
+        self._straight = [self._own(m[0], w) for m, w in zip(family.members, self.islands, strict=True)]
 
-    def at(self, island: int, way: int) -> Door:
-        """The door of the island at this position for one way."""
-        doors = self.ways[island]
-        door = doors[way % len(doors)]
+    def _own(self, sink: int, doors: list[Door]) -> Door:
+        own = self.nodes.sinks[sink].own
+        return next((d for d in doors if d.head == sink and d.nic in own), doors[0])
+
+    def num_ways(self, num_nics: int) -> int:
+        """How many ways there are for a sender that reaches ``num_nics``."""
+        count = max(self.count, num_nics)
+        if 1 < len(self.islands) <= MAX_SKEWED_ISLANDS:
+            count *= max(1, min(self.count, MAX_WAYS // count))
+        return count + self.single
+
+    def at(self, island: int, way: int, num_nics: int) -> Door:
+        """The door of the island at this position for one way of a sender that reaches ``num_nics``."""
+        if self.single:
+            if not way:
+                return self._straight[island]
+            way -= 1
+        skew, turn = divmod(way, max(self.count, num_nics))
+        doors = self.islands[island]
+        door = doors[(turn + skew * island) % len(doors)]
         size = len(self.nodes.sinks[door.head].reach)
-        return door._replace(rail=door.rail + way // size * size)
-
-    def nics(self, way: int) -> list[int]:
-        """The NICs that one way enters islands by."""
-        return [w[way % len(w)].nic for w in self.ways]
+        return door._replace(rail=door.rail + turn // size * size)
 
 
 def _doors(members: tuple[int, ...], nodes: Nodes) -> list[Door]:
@@ -59,14 +77,12 @@ def _doors(members: tuple[int, ...], nodes: Nodes) -> list[Door]:
     lanes = {s: nodes.sinks[s] for s in members if nodes.sinks[s].port >= 0}
     nics = sorted({n for lane in lanes.values() for n in lane.reach})
     heads = list(lanes)
-    first = lanes[heads[0]].own
-    start = nics.index(first[0]) if len(heads) == 1 and first else 0
     near = {
         nic: [s for s in heads if nic in lanes[s].own] or [s for s in heads if nic in lanes[s].reach] for nic in nics
     }
     doors = []
     for i in range(max(len(nics), len(heads))):
-        nic = nics[(start + i) % len(nics)]
+        nic = nics[i % len(nics)]
         able = near[nic]
         head = able[(i // len(nics) + (i if len(able) == len(heads) else 0)) % len(able)]
         doors.append(Door(head, lanes[head].reach.index(nic), nic))
@@ -99,22 +115,23 @@ class TreeBook:
             found = self._made[key] = self._add(family, hops, [LOCAL] * len(hops))
         return found
 
-    def remote(self, family: Family, edges: Sequence[tuple[int, int]], way: int) -> int:
-        """Index of the tree whose hops between islands are ``edges``, by position, as `shapes.attach` makes them."""
-        key = (family.number, way, tuple(edges))
+    def remote(self, family: Family, edges: tuple[tuple[int, int], ...], way: int, num_nics: int) -> int:
+        """Index of the tree whose hops between islands are ``edges``, by position, as `shapes.tree_of` makes them."""
+        key = (family.number, way, num_nics, edges)
         found = self._made.get(key)
         if found is None:
-            found = self._made[key] = self._make(family, edges, way)
+            found = self._made[key] = self._make(family, edges, way, num_nics)
         return found
 
-    def _make(self, family: Family, edges: Sequence[tuple[int, int]], way: int) -> int:
+    def _make(self, family: Family, edges: Sequence[tuple[int, int]], way: int, num_nics: int) -> int:
         doors = self.doors(family)
+        at = [doors.at(i, way, num_nics) for i in range(len(family.islands))]
         hops: list[tuple[int, int]] = []
         rails: list[int] = []
         fan: list[tuple[int, int]] = []
         for before, island in edges:
-            door = doors.at(island, way)
-            hops.append((SOURCE if before < 0 else doors.at(before, way).head, door.head))
+            door = at[island]
+            hops.append((SOURCE if before < 0 else at[before].head, door.head))
             rails.append(door.rail)
             fan += self._inside(door.head, family.members[island])
         return self._add(family, hops + fan, rails + [LOCAL] * len(fan))
