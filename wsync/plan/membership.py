@@ -139,14 +139,10 @@ class _Loads:
         return taken if (got[needs] == self._members[needs]).all() else None
 
 
-def _without_empty(
-    trees: Sequence[Tree | None], flows: Sequence[Flow]
-) -> tuple[tuple[Tree, ...], tuple[Flow, ...]]:
+def _without_empty(trees: Sequence[Tree | None], flows: Sequence[Flow]) -> tuple[tuple[Tree, ...], tuple[Flow, ...]]:
     """Without the trees on which nobody is left, and their flows; numbers of buckets stay."""
     index = {old: new for new, old in enumerate(i for i, tree in enumerate(trees) if tree is not None)}
     left = tuple(tree for tree in trees if tree is not None)
     if len(left) == len(trees):
         return left, tuple(flows)
-    return left, tuple(
-        msgspec.structs.replace(f, tree_idx=index[f.tree_idx]) for f in flows if f.tree_idx in index
-    )
+    return left, tuple(msgspec.structs.replace(f, tree_idx=index[f.tree_idx]) for f in flows if f.tree_idx in index)
