@@ -19,6 +19,10 @@ ENOUGH = 0.995
 """Bytes cross shared links otherwise than from the nearest holder only if that makes a plan this much faster."""
 
 
+TRIED = ((Mode.JOINED, 1.0), *((Mode.OPEN, i / 8) for i in range(1, 9)), (Mode.FREE, 1.0))
+"""How groups are served where shared links separate zones, if it is not only from the nearest holder."""
+
+
 def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, options: PlanOptions) -> Routing:
     """Decide who sends the bytes of every group, and along which trees they reach all who need them.
 
@@ -34,24 +38,22 @@ def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, option
     Raises:
         ConfigError: no path leads from any holder of a group to one of its needers; both nodes are named.
     """
-    best = _route(Survey(nodes), groups, nodes, bucket_bytes, options)
-    if nodes.zones.count < 2 or not best.trees:
-        return best
-    seconds = _seconds(best, nodes, bucket_bytes)
-    for mode in (Mode.JOINED, Mode.OPEN, Mode.FREE):
-        other = _route(Survey(nodes, mode), groups, nodes, bucket_bytes, options)
-        other_s = _seconds(other, nodes, bucket_bytes)
-        if other_s < seconds * ENOUGH:
-            best, seconds = other, other_s
-    return best
+    surveys = [_survey(Survey(nodes), groups, options)]
+    if nodes.zones.count > 1:
+        surveys += [_survey(Survey(nodes, mode, part), groups, options) for mode, part in TRIED]
+    best_s = min(fans.worst for _, fans in surveys) / ENOUGH
+    good = [x for x in surveys if x[1].worst <= best_s]
+    found = [_Router(nodes, survey, fans, bucket_bytes).routing(len(groups)) for survey, fans in good]
+    if len(found) == 1:
+        return found[0]
+    seconds = [_seconds(routing, nodes, bucket_bytes) for routing in found]
+    # The first of those that are equally good is the simplest.
+    return next(r for r, s in zip(found, seconds, strict=True) if s * ENOUGH <= min(seconds))
 
 
-def _route(
-    survey: Survey, groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, options: PlanOptions
-) -> Routing:
+def _survey(survey: Survey, groups: Sequence[DemandGroup], options: PlanOptions) -> tuple[Survey, Fans]:
     survey.add(groups)
-    fans = Fans(survey.bundles, nodes, options.relay)
-    return _Router(nodes, survey, fans, bucket_bytes).routing(len(groups))
+    return survey, Fans(survey.bundles, survey.nodes, options.relay)
 
 
 def _seconds(routing: Routing, nodes: Nodes, bucket_bytes: int) -> float:
@@ -83,15 +85,18 @@ class _Router:
         way_of = {id(run): found for run, found in zip(remote, stripes, strict=True)}
         shares: list[list[Share]] = [[] for _ in self.legs]
         for run in runs:
-            found = way_of.get(id(run))
-            if found is None:
-                self._hand_out(run, self._local(run), shares)
+            trees = way_of.get(id(run))
+            if trees is None:
+                trees = self._local(run)
             else:
                 run.loads.sort(key=lambda x: (self.nodes.sources[x.rank].own, x.leg_idx))
-                self._hand_out(run, found, shares)
+            self._hand_out(run, trees, shares)
         routes: list[list[Route]] = [[] for _ in range(num_groups)]
         for leg, mine in zip(self.legs, shares, strict=True):
-            routes[leg.group_idx].append(Route(leg.family.sinks, tuple(_merged(mine))))
+            found = routes[leg.group_idx]
+            if found and found[-1].sinks is leg.family.sinks:
+                mine = [*found.pop().shares, *mine]
+            found.append(Route(leg.family.sinks, tuple(_merged(mine))))
         return _without_unused(Routing(self.book.trees, [tuple(r) for r in routes]))
 
     def _hand_out(self, run: Run, trees: list[tuple[int, int]], shares: list[list[Share]]) -> None:

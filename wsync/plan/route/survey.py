@@ -18,6 +18,8 @@ from wsync.plan.nodes import Nodes
 
 ANY = -1
 """Holders of every zone."""
+REST = -1.0
+"""The part of a group's bytes that the leg before it leaves."""
 
 
 class Mode(Enum):
@@ -97,7 +99,7 @@ class _Holders:
     ranks: tuple[int, ...]
     islands: dict[int, Senders]
     zones: dict[int, Senders]
-    splits: dict[tuple[int, ...], list[tuple[Bundle, Senders]]] = field(default_factory=dict)
+    splits: dict[tuple[int, ...], list[tuple[Bundle, Senders, float]]] = field(default_factory=dict)
 
 
 class Survey:
@@ -106,15 +108,17 @@ class Survey:
     Args:
         nodes: of the job.
         mode: what may cross shared links.
+        part: of what zones with holders of their own need, which `Mode.OPEN` lets all holders serve.
 
     Attributes:
         legs: of all groups so far, in order of group.
         bundles: of the legs, in order of first use.
     """
 
-    def __init__(self, nodes: Nodes, mode: Mode = Mode.ZONED) -> None:
+    def __init__(self, nodes: Nodes, mode: Mode = Mode.ZONED, part: float = 1.0) -> None:
         self.nodes = nodes
         self.mode = mode
+        self.part = part
         self.legs: list[Leg] = []
         self.bundles: list[Bundle] = []
         self._holders: dict[tuple[int, ...], _Holders] = {}
@@ -133,8 +137,14 @@ class Survey:
             split = holders.splits.get(group.sinks)
             if split is None:
                 split = holders.splits[group.sinks] = self._cut(holders, group.sinks)
-            nbytes = group.nbytes
-            for bundle, senders in split:
+            rest = 0
+            for bundle, senders, part in split:
+                nbytes = group.nbytes
+                if part < 1.0:
+                    nbytes = rest if part < 0.0 else round(nbytes * part)
+                    rest = group.nbytes - nbytes
+                    if not nbytes:
+                        continue
                 bundle.family.nbytes += nbytes
                 bundle.nbytes += nbytes
                 bundle.legs.append(len(legs))
@@ -163,8 +173,8 @@ class Survey:
                 by_port.setdefault(port, []).append(rank)
         return Senders(tuple(ranks), {p: tuple(r) for p, r in sorted(by_port.items())})
 
-    def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Bundle, Senders]]:
-        """Where one set of sinks is served from."""
+    def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Bundle, Senders, float]]:
+        """Where one set of sinks is served from; parts of one family follow each other."""
         nodes = self.nodes
         local: dict[tuple[int, ...], list[int]] = {}
         remote: dict[int, list[int]] = {}
@@ -178,15 +188,15 @@ class Survey:
                 remote.setdefault(self._served(holders, zone), []).append(sink)
         out = []
         for ranks, members in sorted(local.items()):
-            out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks)))
+            out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks), 1.0))
         for zone, members in sorted(remote.items()):
-            senders = holders.zones.get(zone) if self.mode in (Mode.ZONED, Mode.JOINED) else None
-            senders = senders or holders.zones[ANY]
-            if not senders.by_port:
-                rank = holders.ranks[0]
-                raise self._no_path(rank, members[0], nodes.source_node[rank])
-            self._check_reach(senders.ranks[0], members)
-            out.append((self._bundle(self._intern(tuple(members), False), tuple(senders.by_port)), senders))
+            family = self._intern(tuple(members), False)
+            for senders, part in self._senders_of(holders, zone):
+                if not senders.by_port:
+                    rank = holders.ranks[0]
+                    raise self._no_path(rank, members[0], nodes.source_node[rank])
+                self._check_reach(senders.ranks[0], members)
+                out.append((self._bundle(family, tuple(senders.by_port)), senders, part))
         return out
 
     def _served(self, holders: _Holders, zone: int) -> int:
@@ -199,6 +209,15 @@ class Survey:
                 return own[0]
             return zone if zone in own else ANY
         return zone
+
+    def _senders_of(self, holders: _Holders, zone: int) -> list[tuple[Senders, float]]:
+        """Who serves a zone, and which parts of it."""
+        own, every = holders.zones.get(zone), holders.zones[ANY]
+        if own is None or len(own.ranks) == len(every.ranks) or self.mode is Mode.FREE:
+            return [(own if own and self.mode is not Mode.FREE else every, 1.0)]
+        if self.mode is not Mode.OPEN:
+            return [(own, 1.0)]
+        return [(every, 1.0)] if self.part >= 1.0 else [(every, self.part), (own, REST)]
 
     def _nearest(self, ranks: tuple[int, ...], sink: int) -> tuple[int, ...]:
         """Of the holders on a sink's island those on its GPU; else in its NVLink domain; else on its node; else all."""
