@@ -120,18 +120,18 @@ class Planner:
         if last is not None and last.model is model and last.router is router and not afresh:
             patched = self._patched(last.routed, model, sinks, nodes)
             if patched is not None and patched.score <= max(GOOD_SCORE, last.routed.score * _WORSE):
-                return self._remembered(patched, model, sinks, router, last.routed.score)
+                return self._remembered(patched, model, sinks, nodes, router, last.routed.score)
         plan = self._routed(model, sinks, nodes, router)
         if patched is not None and patched.time_s < plan.time_s:
             plan = patched
-        return self._remembered(plan, model, sinks, router, plan.score)
+        return self._remembered(plan, model, sinks, nodes, router, plan.score)
 
-    def _remembered(self, plan: Plan, model: _Model, sinks: Sinks, router: Router, score: float) -> Plan:
-        self._last = _Last(model, router, Routed(sinks, plan.trees, plan.flows, score))
+    def _remembered(self, plan: Plan, model: _Model, sinks: Sinks, nodes: Nodes, router: Router, score: float) -> Plan:
+        self._last = _Last(model, router, Routed(sinks, nodes, plan.trees, plan.flows, score))
         return plan
 
     def _patched(self, before: Routed, model: _Model, sinks: Sinks, nodes: Nodes) -> Plan | None:
-        found = patch(before, sinks, model.classes, nodes, self._options.relay)
+        found = patch(before, sinks, nodes, relay=self._options.relay)
         return None if found is None else self._finished(model, sinks, nodes, *found)
 
     def _routed(self, model: _Model, sinks: Sinks, nodes: Nodes, router: Router) -> Plan:
