@@ -9,7 +9,7 @@ import msgspec
 from wsync.errors import ConfigError, WireError
 from wsync.plan.flows import Flow, Tree
 from wsync.plan.names import Names
-from wsync.plan.types import Bound
+from wsync.plan.types import SOURCE, Bound
 from wsync.spec.box import Box
 from wsync.spec.serde import check_format, decode, digest_of, encode
 
@@ -267,6 +267,19 @@ def plan_digest(plan: Plan) -> str:
     return digest_of(plan)
 
 
+def _check_tree(tree: Tree, num_sinks: int) -> None:
+    """Refuse a tree on which a rank that is not there sends, or one that has nothing, or receives twice."""
+    if len(tree.hops) != len(tree.rails):
+        raise WireError(f"a plan's tree has {len(tree.hops)} hops, but rails of {len(tree.rails)}")
+    has = {SOURCE}
+    for src, dst in tree.hops:
+        if src not in has or dst in has or not 0 <= dst < num_sinks:
+            raise WireError(f"a plan's tree has a hop from {src} to {dst} of {num_sinks} sinks after {sorted(has)}")
+        has.add(dst)
+    if tree.sinks != tuple(sorted(has - {SOURCE})):
+        raise WireError(f"a plan's tree is for sinks {list(tree.sinks)}, but reaches {sorted(has - {SOURCE})}")
+
+
 class _Version(msgspec.Struct):
     format_version: int
 
@@ -297,18 +310,23 @@ def _check_references(plan: Plan) -> None:
         if not 0 <= value < count:
             raise WireError(f"a plan refers to {what} {value} of {count}")
 
+    numbered = 0
     for flow in plan.flows:
         check("trainer rank", flow.src_rank, plan.num_sources)
+        check("stage", flow.stage, 2)
         check("tree", flow.tree_idx, len(plan.trees))
+        if flow.first_bucket < numbered:
+            raise WireError(f"a plan's flow begins at bucket {flow.first_bucket}, the one before ends at {numbered}")
+        numbered = flow.first_bucket + plan.num_buckets(flow)
         for entry in flow.entries:
             check("class", entry.class_idx, len(plan.classes))
             cls = plan.classes[entry.class_idx]
             check("unit", entry.unit_idx, len(cls.units))
             check("member", entry.first, len(cls.members))
             check("member", entry.end - 1, len(cls.members))
+            check("first member", entry.first, entry.end)
     for tree in plan.trees:
-        for sink_idx in (*tree.sinks, *(dst for _, dst in tree.hops)):
-            check("sink", sink_idx, plan.num_sinks)
+        _check_tree(tree, plan.num_sinks)
     for cls in plan.classes:
         for tensor_idx in cls.members:
             check("tensor", tensor_idx, len(plan.names))
