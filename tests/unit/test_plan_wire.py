@@ -88,6 +88,7 @@ def replaced(path, **fields):
         (replaced("trees", hops=((-1, 4),), rails=(0,), sinks=(4,)), "to 4 of 4"),
         (replaced("trees", rails=()), "but rails of 0"),
         (replaced("classes", members=(99,)), "tensor 99 of"),
+        (msgspec.structs.replace(PLAN, bucket_bytes=0), "bucket_bytes is 0"),
         (msgspec.structs.replace(PLAN, scale_groups=()), "scale group 0 of 0"),
         (msgspec.structs.replace(PLAN, names=PLAN.names[:1]), "tensor"),
     ],

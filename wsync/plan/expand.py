@@ -11,14 +11,10 @@ from dataclasses import dataclass, field
 from wsync.errors import ConfigError
 from wsync.plan.assemble import bucket_room
 from wsync.plan.flows import Flow, Tree
-from wsync.plan.geometry import cut_leading
-from wsync.plan.plans import Plan, PlanClass, PlanUnit, ScaleGroup
-from wsync.plan.types import ALIGNMENT, AmaxRegion, Bucket, Piece, WirePart
-from wsync.spec.box import Box
+from wsync.plan.packing import Placed, aligned, place
+from wsync.plan.plans import Plan, PlanClass, ScaleGroup
+from wsync.plan.types import AmaxRegion, Bucket, Piece, WirePart
 from wsync.spec.dtypes import itemsize
-
-_Placed = tuple[bool, Box, int, int]
-"""Whether a new bucket begins, then a piece's box, offset and bytes."""
 
 
 @dataclass
@@ -37,7 +33,7 @@ class Expansion:
     bucket_bytes: int
     parts: list[WirePart] = field(default_factory=list)
     _part_idx: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    _placed: dict[tuple[int, int, int], tuple[list[_Placed], int]] = field(default_factory=dict)
+    _placed: dict[tuple[int, int, int], tuple[list[Placed], int]] = field(default_factory=dict)
 
     def buckets(self, flows: Iterable[Flow], trees: Sequence[Tree]) -> tuple[Bucket, ...]:
         """The buckets of some flows, in the order in which they are packed, sent and received.
@@ -60,7 +56,7 @@ class Expansion:
         out = []
         for stage, _, bucket_idx, flow, placed in queue:
             pieces = tuple(self._numbered(placed))
-            used = _aligned(pieces[-1].offset + pieces[-1].nbytes)
+            used = aligned(pieces[-1].offset + pieces[-1].nbytes)
             tree = trees[flow.tree_idx]
             out.append(Bucket(bucket_idx, flow.src_rank, stage, used, pieces, tree.sinks, tree.hops))
         return tuple(out)
@@ -103,7 +99,7 @@ class Expansion:
             for member in range(entry.first, entry.end):
                 if offset + nbytes <= size:
                     pieces.append((class_idx, member, Piece(part, shard_idx, box, mode, offset, nbytes)))
-                    offset = -(-(offset + nbytes) // ALIGNMENT) * ALIGNMENT
+                    offset = aligned(offset + nbytes)
                     continue
                 placed, offset = self._place(class_idx, unit_idx, offset)
                 for opens, cut, at, cut_bytes in placed:
@@ -115,14 +111,15 @@ class Expansion:
             out.append(pieces)
         return out
 
-    def _place(self, class_idx: int, unit_idx: int, offset: int) -> tuple[list[_Placed], int]:
+    def _place(self, class_idx: int, unit_idx: int, offset: int) -> tuple[list[Placed], int]:
         """Where the parts of a unit that does not fit behind ``offset`` go, and the offset behind the last one."""
         key = (class_idx, unit_idx, offset)
         found = self._placed.get(key)
         if found is None:
             cls = self.classes[class_idx]
             unit = cls.units[unit_idx]
-            found = _place(unit, itemsize(cls.parts[unit.part].dtype), offset, self.bucket_bytes)
+            elem_bytes = itemsize(cls.parts[unit.part].dtype)
+            found = place(unit.box, elem_bytes, unit.step, offset, self.bucket_bytes)
             self._placed[key] = found
         return found
 
@@ -137,30 +134,6 @@ class Expansion:
                         first = self.scale_groups[cls.groups[member]].amax_first
                     out.append(AmaxRegion(self.part_idx(class_idx, member, 0), shard_idx, box, first))
         return tuple(out)
-
-
-def _place(unit: PlanUnit, elem_bytes: int, offset: int, size: int) -> tuple[list[_Placed], int]:
-    out: list[_Placed] = []
-    todo: list[tuple[Box, int]] = [(unit.box, unit.nbytes)]
-    opens = False
-    while todo:
-        box, nbytes = todo[-1]
-        if offset + nbytes <= size:
-            todo.pop()
-            out.append((opens, box, offset, nbytes))
-            offset, opens = _aligned(offset + nbytes), False
-            continue
-        cut = cut_leading(box, elem_bytes, size - offset, size, unit.step)
-        if cut is None:
-            offset, opens = 0, True
-            continue
-        todo.pop()
-        todo += [(b, b.num_elements * elem_bytes) for b in (*reversed(cut[1]), cut[0])]
-    return out, offset
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
