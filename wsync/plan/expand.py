@@ -32,7 +32,7 @@ class Expansion:
     names: dict[int, str]
     bucket_bytes: int
     parts: list[WirePart] = field(default_factory=list)
-    _part_idx: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _part_idx: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     _placed: dict[tuple[int, int, int], tuple[list[Placed], int]] = field(default_factory=dict)
 
     def buckets(self, flows: Iterable[Flow], trees: Sequence[Tree]) -> tuple[Bucket, ...]:
@@ -42,7 +42,7 @@ class Expansion:
         all senders and engine ranks go through the buckets that they share in one order: a ring of few buckets never
         waits for itself.
         """
-        queue: list[tuple[int, float, int, Flow, list[tuple[int, int, Piece]]]] = []
+        queue: list[tuple[int, float, int, Flow, list[Piece]]] = []
         for flow in flows:
             packed = self._pack(flow)
             if len(packed) > bucket_room(flow.nbytes, self.bucket_bytes):
@@ -54,26 +54,29 @@ class Expansion:
             queue += [(flow.stage, i / len(packed), flow.first_bucket + i, flow, p) for i, p in enumerate(packed)]
         queue.sort(key=lambda q: (q[0], q[1], q[3].first_bucket))
         out = []
-        for stage, _, bucket_idx, flow, placed in queue:
-            pieces = tuple(self._numbered(placed))
+        for stage, _, bucket_idx, flow, pieces in queue:
             used = aligned(pieces[-1].offset + pieces[-1].nbytes)
             tree = trees[flow.tree_idx]
-            out.append(Bucket(bucket_idx, flow.src_rank, stage, used, pieces, tree.sinks, tree.hops))
+            out.append(Bucket(bucket_idx, flow.src_rank, stage, used, tuple(pieces), tree.sinks, tree.hops))
         return tuple(out)
-
-    def _numbered(self, placed: list[tuple[int, int, Piece]]) -> Iterable[Piece]:
-        for class_idx, member, piece in placed:
-            part_idx = self.part_idx(class_idx, member, piece.part_idx)
-            yield Piece(part_idx, piece.shard_idx, piece.box, piece.mode, piece.offset, piece.nbytes)
 
     def part_idx(self, class_idx: int, member: int, part: int) -> int:
         """Number of a part of a member of a class."""
-        key = (class_idx, member, part)
-        found = self._part_idx.get(key)
+        numbers = self._numbers(class_idx, part)
+        if numbers[member] < 0:
+            numbers[member] = self._new_part(class_idx, member, part)
+        return numbers[member]
+
+    def _numbers(self, class_idx: int, part: int) -> list[int]:
+        """For each member of a class the number of one of its parts, -1 for those that were not used yet."""
+        found = self._part_idx.get((class_idx, part))
         if found is None:
-            found = self._part_idx[key] = len(self.parts)
-            self.parts.append(self._part(class_idx, member, part))
+            found = self._part_idx[class_idx, part] = [-1] * len(self.classes[class_idx].members)
         return found
+
+    def _new_part(self, class_idx: int, member: int, part: int) -> int:
+        self.parts.append(self._part(class_idx, member, part))
+        return len(self.parts) - 1
 
     def _part(self, class_idx: int, member: int, part: int) -> WirePart:
         cls = self.classes[class_idx]
@@ -84,29 +87,31 @@ class Expansion:
         name = self.names[tensor_idx] + facts.suffix
         return WirePart(tensor_idx, cls.recipe, facts.role, name, facts.dtype, facts.shape, group)
 
-    def _pack(self, flow: Flow) -> list[list[tuple[int, int, Piece]]]:
-        """Fill one bucket after the other, in order; a piece that does not fit is cut where the bucket ends.
-
-        Pieces are listed with their class and member, and have the class's own number of their part.
-        """
-        out: list[list[tuple[int, int, Piece]]] = []
-        pieces: list[tuple[int, int, Piece]] = []
+    def _pack(self, flow: Flow) -> list[list[Piece]]:
+        """Fill one bucket after the other, in order; a piece that does not fit is cut where the bucket ends."""
+        out: list[list[Piece]] = []
+        pieces: list[Piece] = []
         offset, size = 0, self.bucket_bytes
         for entry in flow.entries:
             class_idx, unit_idx, shard_idx = entry.class_idx, entry.unit_idx, entry.shard_idx
             unit = self.classes[class_idx].units[unit_idx]
             part, box, mode, nbytes = unit.part, unit.box, unit.mode, unit.nbytes
+            numbers = self._numbers(class_idx, part)
+            step = aligned(nbytes)
             for member in range(entry.first, entry.end):
+                part_idx = numbers[member]
+                if part_idx < 0:
+                    part_idx = numbers[member] = self._new_part(class_idx, member, part)
                 if offset + nbytes <= size:
-                    pieces.append((class_idx, member, Piece(part, shard_idx, box, mode, offset, nbytes)))
-                    offset = aligned(offset + nbytes)
+                    pieces.append(Piece(part_idx, shard_idx, box, mode, offset, nbytes))
+                    offset += step
                     continue
                 placed, offset = self._place(class_idx, unit_idx, offset)
                 for opens, cut, at, cut_bytes in placed:
                     if opens:
                         out.append(pieces)
                         pieces = []
-                    pieces.append((class_idx, member, Piece(part, shard_idx, cut, mode, at, cut_bytes)))
+                    pieces.append(Piece(part_idx, shard_idx, cut, mode, at, cut_bytes))
         if pieces:
             out.append(pieces)
         return out
