@@ -159,3 +159,10 @@ def test_many_nodes_and_a_small_model_are_done_soon_after_the_bound():
     cluster = cluster_of(a, b, alpha_s=5e-7)
     _, _, times, bounds = plan(replicated(1, 64, 1, 8 * GB), hosts(a), hosts(b), cluster, 8 * MIB)
     assert times.time_s <= 1.05 * bounds[0].seconds
+
+
+def test_a_rank_serves_the_sink_on_its_own_gpu_itself():
+    a = gpu_group("a", 1, 8)
+    _, routing, *_ = plan([group([2, 5], [2, 5], GB)], hosts(a), hosts(a), cluster_of(a))
+    served = {(share.src_rank, tree.sinks) for tree, share in shares_of(routing)}
+    assert served == {(2, (2,)), (5, (5,))}

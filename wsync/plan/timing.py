@@ -7,10 +7,8 @@ Source: the alpha-beta model of a message (Hockney), and for a chain of h hops w
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -85,26 +83,46 @@ def plan_times(
         total[0] += flow.wire_bytes
         total[1] += -(-flow.nbytes // bucket_bytes)
     by_tree: dict[int, list[int]] = {}
-    roots: dict[int, _Root] = {}
+    first_hops = [_first_hops(tree, nodes) for tree in trees]
     largest = 0
     for (rank, tree_idx), (nbytes, messages) in sent.items():
-        total = by_tree.get(tree_idx)
-        if total is None:
-            total = by_tree[tree_idx] = [0, 0]
-            roots[tree_idx] = _root(trees[tree_idx], nodes)
+        total = by_tree.setdefault(tree_idx, [0, 0])
         total[0] += nbytes
         total[1] += messages
         largest = max(largest, nbytes)
         parts.copy(nodes.sources[rank], nbytes)
-        parts.send(rank, roots[tree_idx], nbytes, messages)
+        remote, local = first_hops[tree_idx]
+        for (rail, zone), count in remote:
+            parts.hop((True, rank, rail, zone), count * nbytes, count * messages)
+        for dst in local:
+            parts.hop((True, rank, LOCAL, dst), nbytes, messages)
     for tree_idx, (nbytes, messages) in by_tree.items():
-        parts.spread(trees[tree_idx], nbytes, messages)
-    parts.count_hops()
+        for (src, dst), rail in zip(trees[tree_idx].hops, trees[tree_idx].rails, strict=True):
+            if rail != LOCAL:
+                parts.arrive(dst, rail, nbytes)
+            if src != SOURCE:
+                where = dst if rail == LOCAL else nodes.zone[nodes.sink_node[dst]]
+                parts.hop((False, src, rail, where), nbytes, messages)
     if packed_bytes is not None:
         parts.pack(packed_bytes)
     fill_s = max((_fill_s(trees[i], nodes, min(bucket_bytes, largest)) for i in sorted(by_tree)), default=0.0)
     fill_s += parts.stage_s(bucket_bytes)
     return Times(parts.loads(), fill_s, amax_s(nodes, amax_elements))
+
+
+def _first_hops(tree: Tree, nodes: Nodes) -> tuple[list[tuple[tuple[int, int], int]], list[int]]:
+    """The sender's hops: how many of each rail and zone, and to which sinks of its own island."""
+    remote: dict[tuple[int, int], int] = {}
+    local = []
+    for (src, dst), rail in zip(tree.hops, tree.rails, strict=True):
+        if src != SOURCE:
+            continue
+        if rail == LOCAL:
+            local.append(dst)
+        else:
+            key = (rail, nodes.zone[nodes.sink_node[dst]])
+            remote[key] = remote.get(key, 0) + 1
+    return list(remote.items()), local
 
 
 def amax_s(nodes: Nodes, num_elements: int) -> float:
@@ -156,18 +174,6 @@ def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
     return max(at.values())
 
 
-_Key = TypeVar("_Key")
-
-
-def _add(sums: dict[_Key, list[int]], key: _Key, nbytes: int, messages: int) -> None:
-    found = sums.get(key)
-    if found is None:
-        sums[key] = [nbytes, messages]
-    else:
-        found[0] += nbytes
-        found[1] += messages
-
-
 @dataclass(slots=True)
 class _Load:
     rate_gbps: float
@@ -176,90 +182,31 @@ class _Load:
     messages: int = 0
 
 
-class _Root(NamedTuple):
-    """The hops of a tree that start at the sender.
-
-    Attributes:
-        rails: of those to other islands, and how many of them take each.
-        zones: where these lead, and how many to each; empty where there is one zone only.
-        local: the sinks of the others.
-    """
-
-    rails: dict[int, int]
-    zones: dict[int, int]
-    local: tuple[int, ...]
-
-
-def _root(tree: Tree, nodes: Nodes) -> _Root:
-    starts = [(dst, rail) for (src, dst), rail in zip(tree.hops, tree.rails, strict=True) if src == SOURCE]
-    away = [(dst, rail) for dst, rail in starts if rail != LOCAL]
-    zones = Counter(nodes.zone[nodes.sink_node[dst]] for dst, _ in away) if nodes.zones.count > 1 else {}
-    return _Root(Counter(rail for _, rail in away), zones, tuple(dst for dst, rail in starts if rail == LOCAL))
-
-
 @dataclass
 class _Parts:
-    """What every part of the cluster carries.
-
-    Hops are summed up by their ends first, which are few: what a rank sends on a rail (bytes and messages), what a sink
-    gets on one, what goes from zone to zone. Only hops inside an island depend on both ends.
-    """
+    """What every part of the cluster carries."""
 
     nodes: Nodes
     by_name: dict[str, _Load] = field(default_factory=dict)
-    _out: dict[tuple[bool, int, int], list[int]] = field(default_factory=dict)
-    _into: dict[tuple[int, int], int] = field(default_factory=dict)
-    _local: dict[tuple[bool, int, int], list[int]] = field(default_factory=dict)
-    _crossed: dict[tuple[int, int], int] = field(default_factory=dict)
+    paths: dict[tuple[bool, int, int, int], tuple[_Load, ...]] = field(default_factory=dict)
+    ends: dict[tuple[int, int], tuple[_Load, ...]] = field(default_factory=dict)
 
-    def send(self, rank: int, root: _Root, nbytes: int, messages: int) -> None:
-        """Count what leaves a trainer rank along one tree."""
-        for rail, count in root.rails.items():
-            _add(self._out, (True, rank, rail), nbytes * count, messages * count)
-        for dst in root.local:
-            _add(self._local, (True, rank, dst), nbytes, messages)
-        here = self.nodes.zone[self.nodes.source_node[rank]]
-        for zone, count in root.zones.items():
-            self._cross(here, zone, nbytes * count)
+    def hop(self, key: tuple[bool, int, int, int], nbytes: int, messages: int) -> None:
+        """Count what leaves by (whether a trainer rank sends, who, rail, zone); inside an island all of (.., sink)."""
+        path = self.paths.get(key)
+        if path is None:
+            path = self.paths[key] = self._path(*key)
+        for load in path:
+            load.nbytes += nbytes
+        path[0].messages += messages
 
-    def spread(self, tree: Tree, nbytes: int, messages: int) -> None:
-        """Count what arrives along one tree, from whomever, and what sinks pass on."""
-        zone, node, linked = self.nodes.zone, self.nodes.sink_node, self.nodes.zones.count > 1
-        for (src, dst), rail in zip(tree.hops, tree.rails, strict=True):
-            if rail != LOCAL:
-                self._into[(dst, rail)] = self._into.get((dst, rail), 0) + nbytes
-            if src == SOURCE:
-                continue
-            if rail == LOCAL:
-                _add(self._local, (False, src, dst), nbytes, messages)
-            else:
-                _add(self._out, (False, src, rail), nbytes, messages)
-                if linked:
-                    self._cross(zone[node[src]], zone[node[dst]], nbytes)
-
-    def _cross(self, here: int, there: int, nbytes: int) -> None:
-        self._crossed[(here, there)] = self._crossed.get((here, there), 0) + nbytes
-
-    def count_hops(self) -> None:
-        """Spread what hops carry over the parts that they go through."""
-        for (from_source, src, rail), (nbytes, messages) in self._out.items():
-            path = self._way_out(from_source, src, rail)
-            path[0].messages += messages
-            for load in path:
-                load.nbytes += nbytes
-        for (dst, rail), nbytes in self._into.items():
-            for load in self._way_in(dst, rail):
-                load.nbytes += nbytes
-        for (here, there), nbytes in self._crossed.items():
-            for i in self.nodes.zones.crossed[here][there]:
-                link = self.nodes.cluster.links[i // 2]
-                side = link.side_b if i % 2 else link.side_a
-                self._part(f"link {link.name} from {'+'.join(side)}", link.rate_gbps).nbytes += nbytes
-        for (from_source, src, dst), (nbytes, messages) in self._local.items():
-            path = self._inside(from_source, src, dst)
-            path[0].messages += messages
-            for load in path:
-                load.nbytes += nbytes
+    def arrive(self, sink: int, rail: int, nbytes: int) -> None:
+        """Count the end of a hop from another island."""
+        path = self.ends.get((sink, rail))
+        if path is None:
+            path = self.ends[(sink, rail)] = self._end(sink, rail)
+        for load in path:
+            load.nbytes += nbytes
 
     def copy(self, lane: Lane, nbytes: int) -> None:
         """Count one pass through the memory of a node without GPUs."""
@@ -294,45 +241,51 @@ class _Parts:
             found = self.by_name[name] = _Load(rate_gbps)
         return found
 
-    def _way_out(self, from_source: bool, src: int, rail: int) -> list[_Load]:
-        """What bytes go through to leave an island; first the rank that sends."""
-        here, name = self._end(from_source, src)
-        nic = here.reach[rail % len(here.reach)]
-        path = [self._sender(name, here, nic), *self._to_nic(here, nic, name, "out")]
-        return [*path, self._part(self.nodes.nics[nic].name + " out", self.nodes.nics[nic].rate_gbps)]
+    def _path(self, from_source: bool, src: int, rail: int, where: int) -> tuple[_Load, ...]:
+        """What a hop goes through until it is in its zone; first the rank that sends."""
+        nodes = self.nodes
+        here = (nodes.sources if from_source else nodes.sinks)[src]
+        name = f"trainer rank {src}" if from_source else f"sink {src}"
+        if rail == LOCAL:
+            there = nodes.sinks[where]
+            return (self._sender(name, here, there, None), *self._inside(here, there, name, f"sink {where}"))
+        out = here.reach[rail % len(here.reach)]
+        path = [self._sender(name, here, here, out)]
+        path += self._to_nic(here, out, name, "out")
+        path.append(self._part(nodes.nics[out].name + " out", nodes.nics[out].rate_gbps))
+        for i in nodes.zones.crossed[nodes.zone[here.node]][where]:
+            link = nodes.cluster.links[i // 2]
+            side = link.side_b if i % 2 else link.side_a
+            path.append(self._part(f"link {link.name} from {'+'.join(side)}", link.rate_gbps))
+        return tuple(path)
 
-    def _way_in(self, dst: int, rail: int) -> list[_Load]:
-        there, name = self._end(False, dst)
-        nic = there.reach[rail % len(there.reach)]
-        into = self._part(self.nodes.nics[nic].name + " in", self.nodes.nics[nic].rate_gbps)
-        return [into, *self._to_nic(there, nic, name, "in")]
+    def _end(self, sink: int, rail: int) -> tuple[_Load, ...]:
+        """What a hop from another island goes through when it arrives."""
+        lane, nodes = self.nodes.sinks[sink], self.nodes
+        into = lane.reach[rail % len(lane.reach)]
+        nic = self._part(nodes.nics[into].name + " in", nodes.nics[into].rate_gbps)
+        return (nic, *self._to_nic(lane, into, f"sink {sink}", "in"))
 
-    def _end(self, from_source: bool, idx: int) -> tuple[Lane, str]:
-        """Where one end of a hop is, and its name."""
-        if from_source:
-            return self.nodes.sources[idx], f"trainer rank {idx}"
-        return self.nodes.sinks[idx], f"sink {idx}"
-
-    def _sender(self, name: str, lane: Lane, nic: int | None) -> _Load:
+    def _sender(self, name: str, lane: Lane, there: Lane, nic: int | None) -> _Load:
         """The rank's own sequence of messages, as fast as the widest way out of it."""
-        rate = self.nodes.groups[lane.node].local_gbps
+        group = self.nodes.groups[lane.node]
+        rate = group.local_gbps
         if nic is not None:
             rate = self.nodes.ports[lane.port].rate_gbps
+        elif (lane.node, lane.gpu) == (there.node, there.gpu) and group.hbm_gbps and lane.gpu >= 0:
+            return self._part(f"memory of {name}'s GPU", group.hbm_gbps)
         return self._part(f"sending of {name}" + (" to other nodes" if nic is not None else ""), rate)
 
-    def _inside(self, from_source: bool, src_idx: int, dst_idx: int) -> list[_Load]:
-        """A hop without NICs; first the rank that sends."""
+    def _inside(self, here: Lane, there: Lane, src: str, dst: str) -> list[_Load]:
+        """A hop without NICs."""
         groups = self.nodes.groups
-        (here, src), (there, dst) = self._end(from_source, src_idx), self._end(False, dst_idx)
-        sender = self._sender(src, here, None)
         if there.gpu < 0:
-            return [sender, self._memory(there)]
+            return [self._memory(there)]
         if (here.node, here.gpu) == (there.node, there.gpu):
-            return [sender]
+            return []
         if here.domain >= 0 and here.domain == there.domain:
-            return [sender, self._nvlink(here, src, "out"), self._nvlink(there, dst, "in")]
+            return [self._nvlink(here, src, "out"), self._nvlink(there, dst, "in")]
         return [
-            sender,
             self._part(f"PCIe of {src} out", groups[here.node].pcie_gbps or groups[here.node].host_gbps),
             self._part(f"PCIe of {dst} in", groups[there.node].pcie_gbps or groups[there.node].host_gbps),
         ]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from wsync.plan.nodes import Nodes, byte_cost
 from wsync.plan.route.assign import Run
-from wsync.plan.route.plots import Plot, Plots
+from wsync.plan.route.plots import Edges, Plot, Plots
 from wsync.plan.route.relays import Fans
 from wsync.plan.route.survey import Bundle, Family
 from wsync.plan.route.trees import TreeBook
@@ -68,7 +68,9 @@ class Stripes:
         self.cost = [byte_cost(n.rate_gbps) / unit for n in nodes.nics]
         self.local_cost = [nodes.local_cost[n] / unit for n in nodes.sink_node]
         self.level = np.zeros(2 * len(nodes.nics) + len(nodes.sinks))
-        self._ways: dict[tuple[int, int, tuple[tuple[int, int], ...]], _Ways] = {}
+        self.cost_of = np.array(self.cost)
+        self._ways: dict[tuple[int, int, Edges], _Ways] = {}
+        self._shapes: dict[tuple[int, int, Edges], _Ways] = {}
 
     def choose(self, runs: Sequence[Run]) -> list[list[tuple[int, int]]]:
         """For each run its (tree, bytes), in order of the NICs that they leave by."""
@@ -156,21 +158,36 @@ class Stripes:
             found = self._ways[key] = self._find_ways(family, run.port, plot.edges)
         return found
 
-    def _find_ways(self, family: Family, port: int, edges: Sequence[tuple[int, int]]) -> _Ways:
-        doors, nodes, count = self.book.doors(family), self.nodes, len(self.cost)
-        reach = nodes.ports[port].nics
+    def _find_ways(self, family: Family, port: int, edges: Edges) -> _Ways:
+        reach = np.array(self.nodes.ports[port].nics, dtype=np.int64)
+        key = (family.number, len(reach), edges)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = self._find_shape(family, len(reach), edges)
+        parts, costs = shape
+        size = len(self.level)
+        leaves = parts >= size
+        outs = reach[np.where(leaves, parts - size, 0)]
+        return _Ways(
+            np.where(leaves, outs + len(self.cost), parts), np.where(leaves, costs * self.cost_of[outs], costs)
+        )
+
+    def _find_shape(self, family: Family, num_nics: int, edges: Edges) -> _Ways:
+        """Ways for every sender of so many NICs: its k-th NIC is number k behind all parts, with how often it sends."""
+        doors, nodes, count, size = self.book.doors(family), self.nodes, len(self.cost), len(self.level)
         parts: list[list[int]] = []
         costs: list[list[float]] = []
-        for way in range(doors.num_ways(len(reach))):
+        for way in range(doors.num_ways(num_nics)):
             loads: dict[int, float] = {}
-            found = [doors.at(at, way, len(reach)) for at in range(len(family.members))]
+            found = [doors.at(at, way, num_nics) for at in range(len(family.members))]
             for before, at in edges:
                 door = found[at]
-                out = reach[door.rail % len(reach)]
+                out, cost = size + door.rail % num_nics, 1.0
                 if before >= 0:
-                    out = nodes.sink_nic(found[before].head, door.rail)
+                    nic = nodes.sink_nic(found[before].head, door.rail)
+                    out, cost = count + nic, self.cost[nic]
                 loads[door.nic] = loads.get(door.nic, 0.0) + self.cost[door.nic]
-                loads[count + out] = loads.get(count + out, 0.0) + self.cost[out]
+                loads[out] = loads.get(out, 0.0) + cost
                 others = len(family.members[at]) - 1
                 if others:
                     loads[2 * count + door.head] = others * self.local_cost[door.head]

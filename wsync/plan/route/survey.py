@@ -124,6 +124,8 @@ class Survey:
         self._holders: dict[tuple[int, ...], _Holders] = {}
         self._families: dict[tuple[tuple[int, ...], bool], Family] = {}
         self._bundles: dict[tuple[int, tuple[int, ...]], Bundle] = {}
+        self._apart: dict[tuple[int, ...], set[int]] = {}
+        self._remote: dict[tuple[int, ...], list[tuple[int, Family]]] = {}
 
     def add(self, groups: Sequence[DemandGroup]) -> None:
         """Add the legs of ``groups``.
@@ -176,6 +178,21 @@ class Survey:
     def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Bundle, Senders, float]]:
         """Where one set of sinks is served from; parts of one family follow each other."""
         nodes = self.nodes
+        if self.mode is Mode.ZONED:
+            found = self._apart.get(sinks)
+            if found is None:
+                found = self._apart[sinks] = {nodes.island[nodes.sink_node[s]] for s in sinks}
+            # Most groups have no needer where they have holders: their families depend on the needers alone.
+            if found.isdisjoint(holders.islands):
+                families = self._remote.get(sinks)
+                if families is None:
+                    by_zone: dict[int, list[int]] = {}
+                    for s in sinks:
+                        by_zone.setdefault(nodes.zone[nodes.sink_node[s]], []).append(s)
+                    self._check_reach(holders.ranks[0], sinks)
+                    families = [(z, self._intern(tuple(m), False)) for z, m in sorted(by_zone.items())]
+                    self._remote[sinks] = families
+                return [x for zone, family in families for x in self._to(holders, zone, family)]
         local: dict[tuple[int, ...], list[int]] = {}
         remote: dict[int, list[int]] = {}
         for sink in sinks:
@@ -190,13 +207,18 @@ class Survey:
         for ranks, members in sorted(local.items()):
             out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks), 1.0))
         for zone, members in sorted(remote.items()):
-            family = self._intern(tuple(members), False)
-            for senders, part in self._senders_of(holders, zone):
-                if not senders.by_port:
-                    rank = holders.ranks[0]
-                    raise self._no_path(rank, members[0], nodes.source_node[rank])
-                self._check_reach(senders.ranks[0], members)
-                out.append((self._bundle(family, tuple(senders.by_port)), senders, part))
+            self._check_reach(holders.ranks[0], members)
+            out += self._to(holders, zone, self._intern(tuple(members), False))
+        return out
+
+    def _to(self, holders: _Holders, zone: int, family: Family) -> list[tuple[Bundle, Senders, float]]:
+        """Who serves a remote family."""
+        out = []
+        for senders, part in self._senders_of(holders, zone):
+            if not senders.by_port:
+                rank = holders.ranks[0]
+                raise self._no_path(rank, family.sinks[0], self.nodes.source_node[rank])
+            out.append((self._bundle(family, tuple(senders.by_port)), senders, part))
         return out
 
     def _served(self, holders: _Holders, zone: int) -> int:
