@@ -78,7 +78,22 @@ OPTIONS = {
         "--trace",
     },
     "wsync topo": {"--help", "-h"},
-    "wsync topo check": {"--help", "-h", "--host", "--platform", "--json"},
+    "wsync topo check": {
+        "--help",
+        "-h",
+        "--host",
+        "--platform",
+        "--exit-style",
+        "--fail-on",
+        "--json",
+        "--nagios",
+        "--quiet",
+        "--matrix",
+        "--prometheus",
+        "--junit",
+        "--svg",
+        "--png",
+    },
     "wsync topo save": {"--help", "-h", "--host", "--output"},
 }
 """Frozen: an option may be added here on purpose, and never be taken away."""

@@ -111,7 +111,7 @@ class TreeBook:
         key = (family.number, head)
         found = self._made.get(key)
         if found is None:
-            hops = [(SOURCE, head), *self._inside(head, family.members[0])]
+            hops = [(SOURCE, head), *self.inside(head, family.members[0])]
             found = self._made[key] = self._add(family, hops, [LOCAL] * len(hops))
         return found
 
@@ -133,10 +133,10 @@ class TreeBook:
             door = at[island]
             hops.append((SOURCE if before < 0 else at[before].head, door.head))
             rails.append(door.rail)
-            fan += self._inside(door.head, family.members[island])
+            fan += self.inside(door.head, family.members[island])
         return self._add(family, hops + fan, rails + [LOCAL] * len(fan))
 
-    def _inside(self, head: int, members: tuple[int, ...]) -> list[tuple[int, int]]:
+    def inside(self, head: int, members: tuple[int, ...]) -> list[tuple[int, int]]:
         """From the head to the others of its island: one rank of each other NVLink domain, then inside each."""
         sinks = self.nodes.sinks
         domains: dict[tuple[int, int], list[int]] = {}
