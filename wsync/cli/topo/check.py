@@ -7,7 +7,7 @@ from typing import Any
 
 from wsync.cli.output import check_writable, print_error, write_json
 from wsync.cli.topo.exits import exit_of
-from wsync.cli.topo.inputs import add_arguments, read_inputs
+from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError
 from wsync.topo.report import Report, check_topology
@@ -28,7 +28,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Print the report and return the verdict's exit status; what cannot be judged at all is UNKNOWN."""
     check_writable(args.json, "--json")
     try:
-        report: Report = check_topology(read_inputs(args.inputs, args.host), args.platform)
+        report: Report = check_topology(read_inputs(args.inputs, args.host, live_options(args)), args.platform)
     except ConfigError as e:
         print_error(e)
         return exit_of("UNKNOWN")
