@@ -180,14 +180,13 @@ def _port(host: Host, device: Nic, folder: str, port: str) -> Nic:
 
 
 def _bridge(host: Host, bus: str) -> PciDevice:
-    """A bridge's port towards the CPU; the most it can do is told only where the link is one of a switch's uplink."""
+    """A bridge; its link only where it leads towards the CPU, so that no link is told of both of its ends.
+
+    From the root port down, ports alternate: one that ends a link downwards, a switch's upstream port, one of its
+    downstream ports, and so on.
+    """
     above = host.tree.parents(bus)
-    pcie = host.pcie(bus)
-    # From the root port down ports alternate: downstream, upstream, downstream; only upstream ports end a link upwards.
-    if pcie is not None and len(above) % 2 == 0:
-        pcie = replace(pcie, max_speed_gtps=None, max_width=None)
-    if pcie is not None and not pcie.width:
-        pcie = None
+    pcie = host.pcie(bus) if len(above) % 2 == 1 else None
     return PciDevice(bus, "bridge", next(iter(above), None), host.device_id(bus), pcie, host.numa(bus))
 
 

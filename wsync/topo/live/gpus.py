@@ -63,6 +63,10 @@ class Board:
         absent = {call for (call, _, _), error in self.refusals.items() if error == "FUNCTION_NOT_FOUND"}
         return sorted({call if call.startswith("nvml") else "nvmlDeviceGetFieldValues" for call in absent})
 
+    def _ended(self, gpu: int) -> bool:
+        """Whether a call that comes after all links was answered, in whichever way."""
+        return ("fields", gpu, ()) in self.values or ("fields", gpu, ()) in self.refusals
+
     # GPUs
 
     def _gpu(self, gpu: int) -> Gpu:
@@ -80,7 +84,7 @@ class Board:
         return Gpu(
             gpu,
             # A GPU that hung in the middle of its answers has not been described.
-            shown=self.links[gpu] is not None or ("fields", gpu, ()) in self.values,
+            shown=self._ended(gpu),
             bus_id=bus_id(str(pci.get("busId", ""))),
             name=self.value("nvmlDeviceGetName", gpu),
             device_id=f"{device & 0xFFFF:04x}:{device >> 16:04x}" if isinstance(device, int) else None,
@@ -137,8 +141,7 @@ class Board:
         )
         found = [Link(self, gpu, index) for index in asked]
         there = tuple(link for link in found if link.active is not None)
-        ended = self.value("fields", gpu) is not None or ("fields", gpu, ()) in self.refusals
-        if not ended or (not there and any(link.unknown for link in found)):
+        if not self._ended(gpu) or (not there and any(link.unknown for link in found)):
             return None
         return there
 
@@ -250,7 +253,8 @@ class Link:
         return {name: count for name, count in of.items() if count is not None}
 
     def leads_to(self, bus: str | None) -> bool:
-        return self.remote == bus and bus is not None
+        kind = self._ask("nvmlDeviceGetNvLinkRemoteDeviceType")
+        return kind in (None, 0) and self.remote == bus and bus is not None
 
     @property
     def skipped_by_nccl(self) -> str:

@@ -101,6 +101,8 @@ class Asker:
     def __init__(self, nvml: Any, send: Send) -> None:
         self.nvml = nvml
         self.lost: set[int] = set()
+        prefix = "NVML_ERROR_"
+        self._errors = {getattr(nvml, n): n.removeprefix(prefix) for n in dir(nvml) if n.startswith(prefix)}
         self.refused = ""
         """Why the last call was refused; empty if it was not."""
         self._send = send
@@ -110,8 +112,7 @@ class Asker:
 
     def name_of(self, error: Any) -> str:
         """``NOT_SUPPORTED`` of an NVMLError."""
-        names = (n for n in dir(self.nvml) if n.startswith("NVML_ERROR_") and getattr(self.nvml, n) == error.value)
-        return next(names, f"ERROR_{error.value}").removeprefix("NVML_ERROR_")
+        return self._errors.get(error.value, f"ERROR_{error.value}")
 
     def ask(
         self, call: str, *args: Any, gpu: int = -1, at: tuple[int, ...] = (), by: Callable[..., Any] | None = None
@@ -167,7 +168,9 @@ def plain(value: Any) -> Value:
 def _field(value: Any) -> int | str:
     if isinstance(value, ctypes.Array):
         return bytes(value).hex()
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else int(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else int(value)
 
 
 def _identify(asker: Asker, gpu: int, handle: Any) -> bool:
