@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,9 +79,7 @@ def write_sysfs(root: Path, devices: list[Device], nodes: dict[int, str], cmdlin
 def _write_infiniband(root: Path, folder: Path, device: Device, name: str, ports: list[Port]) -> None:
     own = folder / "infiniband" / name
     for i, port in enumerate(ports, 1):
-        _write(
-            own / f"ports/{i}", state=port.state, phys_state=port.phys_state, rate=port.rate, link_layer=port.link_layer
-        )
+        _write(own / f"ports/{i}", **dataclasses.asdict(port))
     own.mkdir(parents=True, exist_ok=True)
     (own / "device").symlink_to("../..")
     listed = root / "sys/class/infiniband"
@@ -95,7 +94,7 @@ def _write(folder: Path, **texts: object) -> None:
 
 
 def place(box: m.Box, at: m.Place, bus: str, index: int) -> tuple[str, tuple[str, ...]]:
-    """Host bridge and chain of a device of a box: a switch has a second level, so that slots are switches of their own."""
+    """Host bridge and chain of a device of a box: a switch has a second level, so that slots are switches."""
     domain = f"{0x100 * at.socket + 0x10 * (at.bridge + 1):04x}"
     root = f"pci{domain}:00"
     if at.switch < 0:

@@ -132,9 +132,7 @@ def test_numa_off_and_nodes_that_are_hidden_are_found(tmp_path):
         for device in devices:
             device.numa = -1
 
-    board = fake.of_box(m.h100())
-    for gpu in board.gpus:
-        gpu.nodes = None
+    board = board_without_nodes(m.h100())
     found = alarms(judge(read(m.h100(), tmp_path / "b", change, board=board)))
     assert len(found["numa.unknown"]) == 8
     # A machine of one node has none to tell.
