@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
+from pathlib import Path
 
 import fake_nvml as fake
 import machines as m
@@ -13,7 +16,7 @@ from live_rig import alarms, judge, options, sysfs_of
 from wsync.cli.main import main
 from wsync.cli.topo import inputs
 from wsync.errors import ConfigError
-from wsync.topo.live import LiveOptions, read_live
+from wsync.topo.live import LiveOptions, read_live, supervise
 
 pytestmark = pytest.mark.multiproc
 
@@ -64,6 +67,48 @@ def test_a_driver_that_does_not_even_start_is_a_finding_and_nics_are_still_read(
     assert "nvmlInit" in hang.evidence
     assert report.verdict == "CRIT"
     assert len(machine.nics) == 10
+
+
+def test_a_file_of_sys_that_does_not_open_is_a_finding_that_names_the_nic(live):
+    made = live(m.h100(), timeout_s=6.0)
+    rate = next(Path(made.root).glob("sys/devices/*/**/infiniband/mlx5_3/ports/1/rate"))
+    rate.unlink()
+    # Opening a pipe for reading waits for a writer.
+    os.mkfifo(rate)
+    report = judge(read_live(made))
+    (hang,) = [f for f in report.all_findings() if f.id == "probe.hang"]
+    assert hang.subject.devices == ("mlx5_3",)
+    assert "/sys/class/infiniband/mlx5_3/ports/1/rate" in hang.evidence
+
+
+def test_a_driver_that_is_slow_and_answers_is_late_and_not_broken(live):
+    report = judge(read_live(live(m.h100(), fake.Faults(slow_ms=100), timeout_s=4.0)))
+    assert report.verdict == "UNKNOWN"
+    assert "probe.late" in {f.id for f in report.all_findings()}
+    assert not report.machines[0].complete
+
+
+def test_a_child_that_cannot_be_killed_is_left_behind(live, monkeypatch):
+    killed = []
+
+    def wait(self, timeout=None):
+        raise subprocess.TimeoutExpired("probe", timeout)
+
+    made = live(m.h100(), fake.Faults(hang=("nvmlDeviceGetName", 0, -1)), timeout_s=3.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "wait", wait)
+        patch.setattr(supervise, "_how_it_died", lambda child, log: killed.append(child) or "")
+        machine = read_live(made)
+    (hang,) = [f for f in judge(machine).all_findings() if f.id == "probe.hang" and f.subject.devices == ("GPU0",)]
+    assert "stuck in the kernel" in hang.evidence
+
+
+def test_a_driver_without_gpus_is_not_all_well(live):
+    board = fake.Board([], [], {})
+    made = live(m.h100())
+    report = judge(read_live(options(board, made.root)))
+    assert report.verdict == "UNKNOWN"
+    assert "gpu.none" in alarms(report)
 
 
 def test_a_crash_is_named_and_the_other_gpus_are_judged(live):

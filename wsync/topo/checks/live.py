@@ -34,6 +34,11 @@ RULES: dict[str, _Rule] = {
         "probe.garbled", "UNKNOWN", "records of wsync's own probe",
         "see what else runs inside the probe (LD_PRELOAD, sitecustomize)", True,
     ),
+    "probe-late": _Rule(
+        "probe.late", "UNKNOWN", "the end before the deadline",
+        "give more --timeout; drivers start slowly without persistence mode (nvidia-smi -pm 1)", True,
+    ),
+    "no-gpu": _Rule("gpu.none", "UNKNOWN", "GPUs", "see lspci -d 10de: and the kernel log; a container asks for them"),
     "call-missing": _Rule("probe.call-missing", "INFO", "all calls", "a newer driver, or nvidia-ml-py, has them"),
     "call-essential": _Rule(
         "probe.call-missing", "UNKNOWN", "the call that tells which links are up",
@@ -69,11 +74,15 @@ RULES: dict[str, _Rule] = {
 """By kind of `Oddity`, which `wsync.topo.live` makes."""
 
 
+HOST_CHOICES = ("acs-redirect", "iommu-translates")
+"""What virtual machines need, and what Grace is made for."""
+
+
 def check_probes(case: Case) -> Iterator[Finding]:
     """What a live reading found out besides the devices themselves."""
     for kind, rule in RULES.items():
         found = [o for o in case.machine.oddities if o.kind == kind]
-        if not found or (kind == "acs-redirect" and case.virtual_signs):
+        if not found or (kind in HOST_CHOICES and (case.virtual_signs or case.coherent)):
             continue
         for group in [[o] for o in found] if rule.each else [found]:
             devices = [d for o in group if (d := _device(case, o)) is not None]

@@ -62,7 +62,7 @@ def read_live(options: LiveOptions | None = None, host: str | None = None) -> Ma
     deadline = time.monotonic() + options.timeout_s
     with ThreadPoolExecutor(2, "wsync-topo") as pool:
         nvml = pool.submit(_ask_nvml, options, deadline)
-        sysfs = pool.submit(run_probe, _request(options, options.sysfs), deadline, options.timeout_s)
+        sysfs = pool.submit(run_probe, _request(options, options.sysfs), deadline, options.timeout_s / MAX_ROUNDS)
         rounds, devices = nvml.result(), sysfs.result()
     failure = rounds[0].failure
     if failure is not None:

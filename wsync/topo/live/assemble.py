@@ -15,7 +15,7 @@ from wsync.topo.live.records import Doing
 from wsync.topo.live.supervise import Outcome
 from wsync.topo.model import Gap, Gpu, Machine, Oddity, Path
 
-KINDS = {"hang": "probe-hang", "crash": "probe-crash", "garbled": "probe-garbled"}
+KINDS = {"hang": "probe-hang", "late": "probe-late", "crash": "probe-crash", "garbled": "probe-garbled"}
 
 
 def assemble(nvml: list[Outcome], sysfs: Outcome, host_name: str | None) -> Machine:
@@ -104,7 +104,9 @@ def _subject(doing: Doing | None, board: Board) -> str:
 
 def _unseen(host: Host, gpus: tuple[Gpu, ...], nvml: list[Outcome], sysfs: Outcome) -> Iterator[Oddity]:
     """GPUs that one of the two sources has and the other has not."""
-    if sysfs.end != "done" or any(o.end != "done" for o in nvml[-1:]):
+    if nvml[-1].end == "done" and not gpus:
+        yield Oddity("no-gpu", "host", "NVML lists no GPU", NVML)
+    if sysfs.end != "done" or nvml[-1].end != "done":
         return
     on_bus = host.gpus()
     listed = {g.bus_id for g in gpus}

@@ -21,8 +21,9 @@ BOOT = "import sys; sys.path[:] = sys.argv[2:]; from wsync.topo.live.child impor
 def main(pipe: int) -> None:
     """Read the request from stdin, run its probe, write records to the file descriptor ``pipe``."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    # The default action ends a process also inside a library that does not return; Python's would wait for it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if request.give_up_s:
-        # The default action ends a process also inside a library that does not return.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(request.give_up_s)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from wsync.topo.live.nvml import LOST
+from wsync.topo.live.nvml import LOST, NUM_CPU_WORDS
 from wsync.topo.live.records import Answer, Refusal
 from wsync.topo.model import Fabric, Gpu, NvLink, Oddity, P2p, Path, PathKind, Pcie
 from wsync.topo.parse.text import bus_id
@@ -33,6 +33,43 @@ RESETS = (1, 2, 4, 6, 7)
 """Recovery actions that are resets of the GPU or the node."""
 
 
+NUMBERS = {"nvmlDeviceGetCudaComputeCapability": 2, "nvmlDeviceGetMigMode": 2, "nvmlDeviceGetRemappedRows": 4}
+MASKS = ("nvmlDeviceGetCpuAffinity", "nvmlDeviceGetMemoryAffinity")
+FIELDS = {"fields": 2, "NvLink fields": 4, "NvLink speed": 1}
+TEXTS = ("nvmlDeviceGetName", "nvmlSystemGetDriverVersion")
+STRUCTURES: dict[str, dict[str, type]] = {
+    "nvmlDeviceGetPciInfo": {"busId": str, "pciDeviceId": int},
+    "nvmlDeviceGetNvLinkRemotePciInfo": {"busId": str},
+    "nvmlDeviceGetGpuFabricInfoV": {
+        "state": int,
+        "status": int,
+        "clusterUuid": str,
+        "cliqueId": int,
+        "healthMask": int,
+    },
+    "nvmlDeviceGetGpuFabricInfo": {"state": int, "status": int, "clusterUuid": str, "cliqueId": int},
+    "nvmlDeviceGetNvlinkBwMode": {"bwMode": int},
+}
+"""What calls return that do not return one number: so many numbers, masks, fields that may be refused, structures."""
+MAX_GPUS = 256
+
+
+def _fits(answer: Answer) -> bool:
+    """Whether a value is of the kind that its call returns; another version of nvidia-ml-py may differ."""
+    call, value = answer.call, answer.value
+    if call in NUMBERS:
+        return isinstance(value, list) and len(value) == NUMBERS[call] and None not in value
+    if call in MASKS:
+        return isinstance(value, list) and len(value) <= NUM_CPU_WORDS and all(n is not None and n >= 0 for n in value)
+    if call in FIELDS:
+        return isinstance(value, list) and len(value) == FIELDS[call]
+    if call in STRUCTURES:
+        return isinstance(value, dict) and all(isinstance(value.get(k), t) for k, t in STRUCTURES[call].items())
+    if call == "nvmlDeviceGetCount":
+        return isinstance(value, int) and 0 <= value <= MAX_GPUS
+    return isinstance(value, str if call in TEXTS else int)
+
+
 class Board:
     """What NVML told, by GPU."""
 
@@ -41,7 +78,8 @@ class Board:
         self.refusals: dict[tuple[str, int, tuple[int, ...]], str] = {}
         for record in told:
             if isinstance(record, Answer):
-                self.values[record.call, record.gpu, record.at] = record.value
+                if _fits(record):
+                    self.values[record.call, record.gpu, record.at] = record.value
             else:
                 self.refusals[record.call, record.gpu, record.at] = record.error
         count = self.values.get(("nvmlDeviceGetCount", -1, ()), 0)
@@ -216,7 +254,7 @@ class Link:
     def active(self) -> bool | None:
         """None for a link that the GPU does not have. A link whose traffic is disabled (3) is not active."""
         state, field = self._ask("nvmlDeviceGetNvLinkState"), self._fields[1]
-        if state is None and field is None:
+        if state is None and (field is None or not self.unknown):
             return None
         return bool(state if state is not None else field in (1, 2)) and field != 3
 

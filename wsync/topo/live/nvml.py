@@ -198,7 +198,8 @@ def _probe_gpu(nvml: Any, asker: Asker, gpu: int, handle: Any) -> None:
 def _probe_link(nvml: Any, asker: Asker, gpu: int, handle: Any, link: int) -> None:
     here: dict[str, Any] = {"gpu": gpu, "at": (link,)}
     active = asker.ask("nvmlDeviceGetNvLinkState", handle, link, **here)
-    if asker.refused == "INVALID_ARGUMENT":
+    if asker.refused not in ("", "FUNCTION_NOT_FOUND"):
+        # The GPU has no such link (NOT_SUPPORTED), or NVML has not (INVALID_ARGUMENT).
         return
     fields = asker.ask("NvLink fields", nvml, handle, [(f, link) for f in LINK_FIELDS], by=_fields, **here)
     if active is None and (not fields or all(value is None for value in fields)):

@@ -24,7 +24,8 @@ MAX_LINE_BYTES = 1 << 20
 KILL_WAIT_S = 0.5
 """A killed child that is still there then is stuck in the kernel; it is left behind."""
 
-End = Literal["done", "hang", "crash", "garbled"]
+End = Literal["done", "hang", "late", "crash", "garbled"]
+"""``"late"``: the deadline came while calls did return; a hang is one call that took longer than a call may."""
 
 
 @dataclass
@@ -57,7 +58,7 @@ def run_probe(request: Request, deadline: float, stall_s: float) -> Outcome:
     Args:
         request: what it shall do.
         deadline: of `time.monotonic`; at this time the child is killed.
-        stall_s: so long one call of a GPU may take; calls that concern no single GPU have until the deadline.
+        stall_s: so long one call of a GPU, or one file, may take; other calls of the driver have until the deadline.
 
     Returns:
         The outcome, at most `KILL_WAIT_S` after the deadline even if the child cannot be killed.
@@ -108,20 +109,25 @@ class _Listener:
             while True:
                 doing = self.outcome.doing
                 until = self._deadline
-                if doing is not None and doing.gpu >= 0:
+                if doing is not None and (doing.gpu >= 0 or doing.call.startswith("/")):
                     until = min(until, heard + self._stall_s)
                 if not selector.select(max(0.0, until - time.monotonic())):
-                    waited = time.monotonic() - heard
-                    self.outcome.end, self.outcome.detail = "hang", f"no answer for {waited:.1f} s"
+                    self._silent(time.monotonic() - heard)
                     return
                 data = os.read(self._pipe, 1 << 16)
                 heard = time.monotonic()
                 if not data or self._take(data):
                     return
                 if heard >= self._deadline:
-                    # One that tells without end is not waited for either.
-                    self.outcome.end, self.outcome.detail = "hang", "not at its end at the deadline"
+                    self._silent(0.0)
                     return
+
+    def _silent(self, waited_s: float) -> None:
+        """The time is over: of this call, or of the probe."""
+        if self.outcome.doing is not None and waited_s >= self._stall_s:
+            self.outcome.end, self.outcome.detail = "hang", f"no answer for {waited_s:.1f} s"
+        else:
+            self.outcome.end, self.outcome.detail = "late", "the deadline came before the end"
 
     def _take(self, data: bytes) -> bool:
         """Whether these bytes were the last ones wanted."""
