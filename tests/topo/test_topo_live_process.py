@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import fake_nvml as fake
@@ -18,10 +17,8 @@ from wsync.cli.topo import inputs
 from wsync.errors import ConfigError
 from wsync.topo.live import LiveOptions, read_live, supervise
 
-pytestmark = pytest.mark.multiproc
-
-SLACK_S = 20.0
-"""On a busy machine a process starts late; what must not happen is that a child which never returns is waited for."""
+# A child that never returns must not be waited for: where a deadline does not hold, the test does not end either.
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
@@ -45,9 +42,7 @@ def test_a_machine_that_is_well_is_read_through_two_processes(live):
 def test_a_call_that_hangs_is_a_finding_that_names_gpu_and_call_and_the_others_are_judged(live):
     box = m.isolate(m.h100(), 1)
     faults = fake.Faults(hang=("nvmlDeviceGetNvLinkState", 5, 7))
-    began = time.monotonic()
     machine = read_live(live(box, faults, timeout_s=12.0))
-    assert time.monotonic() - began < 12.0 + SLACK_S
     report = judge(machine)
     assert report.verdict == "CRIT"
     (hang,) = [f for f in report.all_findings() if f.id == "probe.hang"]
