@@ -1,8 +1,8 @@
 """A fake NVML library under the real nvidia-ml-py: ``pynvml.nvmlLib = FakeLib(board, faults)``.
 
 The wrapper does what it does with the real library: it looks symbols up, passes references and reads what was written
-into them. What the library answers comes from a `Board` (`fake_boards`), made of a hand-made machine or of a parsed recording; faults
-are calls that hang, crash, are missing, or find a GPU gone.
+into them. What the library answers comes from a `Board` (`fake_boards`), made of a hand-made machine or of a parsed
+recording; faults are calls that hang, crash, are missing, or find a GPU gone.
 
 Source of layouts and numbers: nvidia-ml-py itself, whose structures are filled here.
 """
