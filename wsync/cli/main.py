@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, describe, doctor, keygen, topo
+from wsync.cli import bench, describe, doctor, keygen, simulate, topo
 from wsync.cli.output import EXIT_INTERRUPTED, EXIT_USAGE, exit_status, print_error
 from wsync.errors import WsyncError
 
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     describe.add_parser(commands)
     doctor.add_parser(commands)
     keygen.add_parser(commands)
+    simulate.add_parser(commands)
     topo.add_parser(commands)
     return parser
 

@@ -278,7 +278,6 @@ class _Parts:
 
     def _inside(self, here: Lane, there: Lane) -> list[_Load]:
         """A hop without NICs."""
-        groups = self.nodes.groups
         if there.gpu < 0:
             return [self._memory(there)]
         if (here.node, here.gpu) == (there.node, there.gpu):
