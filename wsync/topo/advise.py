@@ -102,9 +102,7 @@ def _hca(case: Case) -> Iterator[Advice]:
     if rest:
         reason = f"{_some([_why(case, n) for n in rest])}; NCCL would use all {len(case.view.nics)}"
     else:
-        reason = (
-            f"the numbers leave out {_some(gaps)}, which NCCL did not use when it wrote this; without a list a job may"
-        )
+        reason = f"the numbers leave out {_some(gaps)}, which NCCL did not use when it wrote this; a job may use them"
     yield Advice("NCCL_IB_HCA", hca_value(chosen), "every RDMA device that is up", reason)
 
 
