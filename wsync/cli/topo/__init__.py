@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wsync.cli.topo import advise, bandwidth, check, compare, golden, lint, plan, save
+from wsync.cli.topo import achieved, advise, bandwidth, check, compare, golden, lint, plan, save
 
 _EPILOG = """exit status of check (Nagios):
   0  OK        nothing above INFO
@@ -24,5 +24,5 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     subcommands = parser.add_subparsers(dest="topo_command", required=True, metavar="COMMAND")
-    for module in (check, save, compare, golden, lint, advise, plan, bandwidth):
+    for module in (check, save, compare, golden, lint, advise, plan, bandwidth, achieved):
         module.add_parser(subcommands)
