@@ -2,7 +2,8 @@
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
 ``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta`` and with ``kernels`` for
-those of ``make record-kernels``; what stands between them is replaced. A test compares.
+those of ``make record-kernels``, and with ``planning`` for those of ``python -m wsync.bench.planning``; what stands
+between them is replaced. A test compares.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import msgspec
 from wsync.bench.delta_result import DeltaResult, delta_table_of
 from wsync.bench.kernel_result import KernelResult, kernel_table_of
 from wsync.bench.options import WSYNC
+from wsync.bench.planning_result import PlanningResult, planning_table_of
 from wsync.bench.result import Result, RowResult
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
-_E2E, _VLLM, _DELTA, _KERNELS = "e2e", "vllm", "delta", "kernels"
+_E2E, _VLLM, _DELTA, _KERNELS, _PLANNING = "e2e", "vllm", "delta", "kernels", "planning"
 
-_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult)
+_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, PlanningResult)
 
 
 def load_record(path: Path) -> Result:
@@ -49,6 +51,11 @@ def load_delta_record(path: Path) -> DeltaResult:
 def load_kernel_record(path: Path) -> KernelResult:
     """A record that ``make record-kernels`` wrote; raises as `load_record`."""
     return _load(path, KernelResult)
+
+
+def load_planning_record(path: Path) -> PlanningResult:
+    """A record that ``python -m wsync.bench.planning --json`` wrote; raises as `load_record`."""
+    return _load(path, PlanningResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -176,6 +183,10 @@ def table_in(record: Path) -> tuple[str, str]:
         pass
     try:
         return _KERNELS, kernel_table_of(load_kernel_record(record))
+    except FormatVersionError:
+        pass
+    try:
+        return _PLANNING, planning_table_of(load_planning_record(record))
     except FormatVersionError:
         raise first from None
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, doctor, keygen, topo
-from wsync.cli.output import EXIT_INTERRUPTED, exit_status, print_error
+from wsync.cli import bench, describe, doctor, keygen, topo
+from wsync.cli.output import EXIT_INTERRUPTED, EXIT_USAGE, exit_status, print_error
 from wsync.errors import WsyncError
 
 _EPILOG = """exit status:
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     bench.add_parser(commands)
+    describe.add_parser(commands)
     doctor.add_parser(commands)
     keygen.add_parser(commands)
     topo.add_parser(commands)
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status; never a traceback for a `WsyncError` unless ``--debug``."""
-    args = build_parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except WsyncError as e:
@@ -56,6 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parsed arguments; wrong ones of ``wsync topo`` exit with what its readers take for UNKNOWN, see its help."""
+    try:
+        return build_parser().parse_args(argv)
+    except SystemExit as e:
+        status = topo.usage_status(argv)
+        if e.code != EXIT_USAGE or status is None:
+            raise
+        raise SystemExit(status) from e
 
 
 if __name__ == "__main__":

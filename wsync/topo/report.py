@@ -99,7 +99,7 @@ def check_machine(machine: Machine, platform: str | None = None) -> MachineRepor
 def check_topology(topology: Topology, platform: str | None = None) -> Report:
     """Judge all machines, and name the hosts that differ from the majority."""
     machines = tuple(check_machine(m, platform) for m in topology.machines)
-    between = tuple(_outliers(machines))
+    between = tuple(_outliers(machines)) if machines else (_NOTHING,)
     everything = [f for m in machines for f in m.findings] + list(between)
     return Report(worst(everything), machines, between)
 
@@ -107,6 +107,17 @@ def check_topology(topology: Topology, platform: str | None = None) -> Report:
 def check_files(paths: Sequence[str | Path], platform: str | None = None, host: str | None = None) -> Report:
     """Read the files of one machine and judge it; a file that cannot be used makes the verdict UNKNOWN."""
     return check_topology(read_files(paths, host), platform)
+
+
+_NOTHING = Finding(
+    "input.nothing-to-judge",
+    "UNKNOWN",
+    Subject(),
+    "the inputs hold no machine",
+    "at least one",
+    "record the topology again",
+    guide_link("input.nothing-to-judge"),
+)
 
 
 def _outliers(machines: Sequence[MachineReport]) -> list[Finding]:

@@ -6,12 +6,7 @@ import argparse
 from typing import Any
 
 from wsync.cli.topo import achieved, advise, bandwidth, check, compare, golden, lint, plan, save
-
-_EPILOG = """exit status of check (Nagios):
-  0  OK        nothing above INFO
-  1  WARN
-  2  CRIT
-  3  UNKNOWN   an input cannot be read, or too much of it is missing"""
+from wsync.cli.topo.exits import EPILOG, usage_status
 
 
 def add_parser(commands: Any) -> None:
@@ -19,10 +14,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "topo",
         help="check what links this machine's GPUs and NICs, from what tools print of it",
-        epilog=_EPILOG,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     subcommands = parser.add_subparsers(dest="topo_command", required=True, metavar="COMMAND")
     for module in (check, save, compare, golden, lint, advise, plan, bandwidth, achieved):
         module.add_parser(subcommands)
+
+
+__all__ = ["add_parser", "usage_status"]

@@ -42,6 +42,8 @@ def run_advise(args: argparse.Namespace) -> int:
     topology = read_inputs(args.inputs, args.host)
     for gap in (g for m in topology.machines for g in m.gaps if g.fatal):
         raise ConfigError(gap.what)
+    if not topology.machines:
+        raise ConfigError("advise needs at least 1 machine, got 0")
     advised = [advise(m, args.platform, args.fabric) for m in topology.machines]
     if args.json:
         write_json(advised, args.json)

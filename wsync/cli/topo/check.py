@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from typing import Any
 
-from wsync.cli.output import check_writable, print_error, write_json
-from wsync.cli.topo.exits import exit_of
+from wsync.cli.topo.exits import add_exit_arguments, counted_verdict, exit_of
 from wsync.cli.topo.inputs import add_arguments, read_inputs
-from wsync.cli.topo.table import print_report
+from wsync.cli.topo.outputs import add_output_arguments, check_outputs, print_unjudged, write_outputs
 from wsync.errors import ConfigError
-from wsync.topo.report import Report, check_topology
+from wsync.topo.report import check_topology
 
 
 def add_parser(commands: Any) -> None:
@@ -20,20 +20,28 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--platform", metavar="NAME", help="expect this GPU model instead of the one that was recognised"
     )
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the report as JSON (-: to stdout)")
+    add_exit_arguments(parser)
+    add_output_arguments(parser)
     parser.set_defaults(run=run_check)
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Print the report and return the verdict's exit status; what cannot be judged at all is UNKNOWN."""
-    check_writable(args.json, "--json")
     try:
-        report: Report = check_topology(read_inputs(args.inputs, args.host), args.platform)
+        check_outputs(args)
+        topology = read_inputs(args.inputs, args.host)
+        report = check_topology(topology, args.platform)
     except ConfigError as e:
-        print_error(e)
-        return exit_of("UNKNOWN")
-    if args.json:
-        write_json(report, args.json)
-    if args.json != "-":
-        print_report(report)
-    return exit_of(report.verdict)
+        print_unjudged(e, args)
+        return exit_of("UNKNOWN", args.exit_style)
+    except Exception as e:
+        # A mistake of ours says nothing of the machine: Python's status 1 would read WARN, and drain it in a prolog.
+        if args.debug:
+            raise
+        traceback.print_exc()
+        print_unjudged(ConfigError(f"wsync failed: {type(e).__name__}: {e}", hint="please report it"), args)
+        return exit_of("UNKNOWN", args.exit_style)
+    verdict = counted_verdict(report, args.exit_style, args.fail_on)
+    written = write_outputs(report, topology, args, verdict)
+    # A fault stays one where a file cannot be written; that all is well is not known by who reads the file.
+    return exit_of(verdict if written or verdict != "OK" else "UNKNOWN", args.exit_style)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from wsync.cli.output import stdout_console
-from wsync.cli.topo.table import STYLES, where
+from wsync.cli.topo.table import STYLES
 from wsync.topo.findings import Finding, Verdict
+from wsync.topo.render.summary import where
 
 
 def print_verdict(verdict: Verdict, text: str) -> None:

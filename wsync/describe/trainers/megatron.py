@@ -9,6 +9,7 @@ Source: Megatron-LM ``RankGenerator`` (order), ``get_transformer_layer_offset`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 from wsync.describe.intervals import Interval
@@ -108,6 +109,14 @@ class Megatron:
         return expert // (self.num_experts // self.ep)
 
 
+def num_ranks(degrees: Degrees) -> int:
+    """The world of a layout; without ``dp`` the smallest that its groups of experts fit into."""
+    inner, outer = degrees.number("tp") * degrees.number("cp"), degrees.number("pp")
+    ep = degrees.number("ep")
+    experts = ep * degrees.number("etp", default=degrees.number("tp") if ep == 1 else 1)
+    return outer * inner * (degrees.number("dp") if "dp" in degrees else math.lcm(inner, experts) // inner)
+
+
 def stage_of_layers(
     layers: int, num_stages: int, virtual: int = 1, first: int | None = None, last: int | None = None
 ) -> list[int]:
@@ -134,9 +143,10 @@ def _layers_of_stages(layers: int, num_stages: int, first: int | None, last: int
     if rest < 0 or outer > num_stages or (outer == num_stages and rest):
         raise ConfigError(f"the model has {layers} layers, but pp_first={first}, pp_last={last} and pp={num_stages}")
     middle = num_stages - outer
-    if middle and rest % middle:
+    if middle and (rest % middle or not rest):
         raise ConfigError(
-            f"the model has {rest} layers for {middle} equal pipeline stages (pp={num_stages}), which do not divide",
+            f"the model has {layers} layers, of which {rest} do not divide over {middle} equal pipeline stages "
+            f"(pp={num_stages})",
             hint="give the first and last stage another number with pp_first and pp_last",
         )
     each = [rest // middle] * middle if middle else []
