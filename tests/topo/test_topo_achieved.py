@@ -22,6 +22,18 @@ LINKS = (
     LinkLoad("nic 0 of node engine-0 in", 25_000_000_000, 0.9),
     LinkLoad("NVLink of sink 1 in", 25_000_000_000, 0.1),
 )
+REAL = (
+    '{"version":3,"committed":["engine-0"],"dropped":{},"replicas":{"engine-0":"committed"},"seconds":{"total"'
+    ':0.008958988000813406,"stall":0.0012205029997858219,"receive":0.00011970700143137947,"verify":0.000030635'
+    '0011669565,"repack":6.549998943228275e-6,"decide":0.005963406001683325,"install":0.00006500599920400418,"'
+    'finish":5.156998668098822e-6,"pause":0.006033568999555428,"pack":0.0002795450018311385,"flush":4.03600279'
+    '2418003e-6},"logical_bytes":67588,"wire_bytes":67588,"sink_bytes":67588,"staging_bytes":4194304,"ranks":['
+    '["engine-0/0",[["receive",18987.125804198,18987.125923905],["verify",18987.125897555998,18987.125928191],'
+    '["repack",18987.125930945,18987.125937495],["decide",18987.126123861,18987.132087267],["install",18987.13'
+    '2100416,18987.132165422],["finish",18987.132168888,18987.132174045]]],["trainer/0",[["pack",18987.1254888'
+    '05,18987.12576835],["flush",18987.126004419,18987.126008455]]]],"sent":[0,0,0,0,0,0],"is_delta":false}'
+)
+"""What a publish of ``examples/plain_loop.py`` reported: one trainer and one engine on one host."""
 PREDICTION = Prediction(1.1, 50_000_000_000, LINKS)
 
 
@@ -79,6 +91,20 @@ def test_a_delta_is_compared_by_the_byte():
     found = compare_run(run_of(report(0.22, nbytes=10_000_000_000)), PREDICTION)
     assert (found.verdict, found.predicted_s) == ("OK", pytest.approx(0.22))
     assert "0.2 times the plan's bytes" in found.losses[0]
+
+
+def test_the_report_of_a_real_publish_is_read():
+    (run,) = decode_runs(REAL.encode(), "report.json")
+    assert list(run.ranks) == ["engine-0/0", "trainer/0"]
+    assert run.wire_bytes == 67588
+    found = compare_run(run, PREDICTION)
+    assert found.bound == "software"
+    assert any("decide 0.00596 s" in loss for loss in found.losses)
+
+
+def test_a_publish_that_did_not_use_the_links_is_told():
+    found = compare_run(run_of(report(0.2)), PREDICTION)
+    assert (found.verdict, "did not go over them" in found.losses[0]) == ("OK", True)
 
 
 def test_a_recorded_benchmark_is_read_row_by_row():

@@ -22,6 +22,7 @@ ACHIEVED_VERSION = 1
 """Version of ``wsync topo achieved --json``."""
 GOOD_SHARE = 0.9
 SLOW_RANK = 1.25
+FASTER_SHARE = 1.25
 PLAN_VERSION = 1
 
 SENDING = ("pack", "flush")
@@ -198,6 +199,8 @@ def _losses(run: Run, predicted_s: float, share: float, phases: Sequence[Phase],
         yield f"software bound: the wire takes {share:.0%} of what its links should carry{reason}"
     elif share < GOOD_SHARE:
         yield f"the wire takes {share:.0%} of what its links should carry: measure them (`wsync topo import-bandwidth`)"
+    elif share > FASTER_SHARE:
+        yield f"the wire takes {share:.0%} of what its links carry: it did not go over them, or their rates are too low"
     late = run.total_s - run.wire_s
     if late > 0.1 * run.total_s:
         after = ", ".join(

@@ -111,8 +111,12 @@ def sync_step(
     nics = reached_nics(trainer, gpus, relay)
     send = trainer.count * min(math.fsum(trainer.nics[i].rate_gbps for i in nics), _ports_gbps(trainer, gpus, relay))
     if not send or not engine.nics:
-        where = "the senders reach no NIC" if not send else f"nodes of {engine.name!r} have no NIC"
-        raise ConfigError(f"{where}: there is no way from {trainer.name!r} to {engine.name!r}")
+        near = [f"GPU{g}" for g in range(trainer.num_gpus) if own_nics(trainer, g)]
+        where = "the senders are near no NIC" if not send else f"nodes of {engine.name!r} have no NIC"
+        raise ConfigError(
+            f"{where}: GPUs {', '.join(map(str, gpus))} of {trainer.name!r} cannot send to {engine.name!r}",
+            hint=f"near a NIC: {', '.join(near) or 'no GPU'}; --relay counts those of NVLink peers",
+        )
     ways = {"NICs that the senders reach": send, "NICs of one engine node": engine.network_gbps}
     if engine.nvlink_gbps is not None and engine.nvlink_domain > 1:
         ways["NVLink of one engine GPU"] = engine.nvlink_gbps

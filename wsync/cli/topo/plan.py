@@ -13,7 +13,7 @@ from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
 from wsync.cli.topo.hosts import read_hosts
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup, check_cluster, dump_cluster
-from wsync.topo.placement import CURVE, Placement, as_collective, place_senders
+from wsync.topo.placement import CURVE, Placement, as_collective, own_nics, place_senders
 from wsync.topo.placement_plan import PLACEMENT_VERSION, Planned, plan_on, replay_on
 from wsync.topo.to_cluster import PARTS, Converted, Overrides, Rate, to_group
 
@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--senders",
         metavar="GPUS",
-        help="GPUs of each trainer node that send, such as 0 or 0-3 (default: all with --trainer, else 0)",
+        help="GPUs of each trainer node that send, such as 0-3 (default: all with --trainer, else one near a NIC)",
     )
     parser.add_argument("--relay", action="store_true", help="senders also reach NICs of NVLink peers (NCCL's PXN)")
     parser.add_argument(
@@ -132,7 +132,9 @@ def _measured(given: list[str]) -> dict[str, float]:
 
 def _senders(args: argparse.Namespace, trainer: NodeGroup) -> list[int]:
     if args.senders is None:
-        return list(range(trainer.num_gpus)) if args.trainer or args.plan else [0]
+        every = list(range(trainer.num_gpus))
+        near = [g for g in every if own_nics(trainer, g)]
+        return every if args.trainer or args.plan else near[:1] or [0]
     found: list[int] = []
     for part in args.senders.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
