@@ -4,7 +4,10 @@ import pytest
 from route_cases import MIB, cluster_of, cpu_group, fsdp, gpu_group, group, hosts, moe_groups, plan, replicated
 
 from wsync.plan.cuts import find_bounds
+from wsync.plan.flows import LOCAL, Flow, Tree
 from wsync.plan.nodes import nodes_of
+from wsync.plan.timing import plan_times
+from wsync.plan.types import SOURCE
 from wsync.spec import Link
 
 GB = 10**9
@@ -137,3 +140,13 @@ def test_kimi_k2_on_replicas_of_two_and_four_nodes_needs_what_the_design_says():
         _, _, times, bounds = plan(groups, hosts(a), hosts(b), cluster_of(a, b), 16 * MIB)
         assert bounds[0].seconds == pytest.approx(expected, rel=0.01)
         assert times.time_s <= 1.05 * bounds[0].seconds
+
+
+def test_a_trainer_rank_and_a_sink_on_one_gpu_share_its_nvlink():
+    a = gpu_group("a", 1, 2, 50.0)
+    nodes = nodes_of(hosts(a)[:1], hosts(a), cluster_of(a))
+    direct, passed_on = Tree((1,), ((SOURCE, 1),), (LOCAL,)), Tree((0, 1), ((SOURCE, 0), (0, 1)), (LOCAL, LOCAL))
+    flows = [Flow(0, 0, 0, 0, (), GB), Flow(9, 0, 0, 1, (), 2 * GB)]
+    loads = {x.name: x.nbytes for x in plan_times([direct, passed_on], flows, nodes, GB).loads}
+    assert loads["NVLink of GPU 0 of node a-0 out"] == loads["NVLink of GPU 1 of node a-0 in"] == 3 * GB
+    assert loads["memory of trainer rank 0's GPU"] == 2 * GB

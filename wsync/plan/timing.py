@@ -248,10 +248,10 @@ class _Parts:
         name = f"trainer rank {src}" if from_source else f"sink {src}"
         if rail == LOCAL:
             there = nodes.sinks[where]
-            return (self._sender(name, here, there, None), *self._inside(here, there, name, f"sink {where}"))
+            return (self._sender(name, here, there, None), *self._inside(here, there))
         out = here.reach[rail % len(here.reach)]
         path = [self._sender(name, here, here, out)]
-        path += self._to_nic(here, out, name, "out")
+        path += self._to_nic(here, out, "out")
         path.append(self._part(nodes.nics[out].name + " out", nodes.nics[out].rate_gbps))
         for i in nodes.zones.crossed[nodes.zone[here.node]][where]:
             link = nodes.cluster.links[i // 2]
@@ -264,7 +264,7 @@ class _Parts:
         lane, nodes = self.nodes.sinks[sink], self.nodes
         into = lane.reach[rail % len(lane.reach)]
         nic = self._part(nodes.nics[into].name + " in", nodes.nics[into].rate_gbps)
-        return (nic, *self._to_nic(lane, into, f"sink {sink}", "in"))
+        return (nic, *self._to_nic(lane, into, "in"))
 
     def _sender(self, name: str, lane: Lane, there: Lane, nic: int | None) -> _Load:
         """The rank's own sequence of messages, as fast as the widest way out of it."""
@@ -276,34 +276,37 @@ class _Parts:
             return self._part(f"memory of {name}'s GPU", group.hbm_gbps)
         return self._part(f"sending of {name}" + (" to other nodes" if nic is not None else ""), rate)
 
-    def _inside(self, here: Lane, there: Lane, src: str, dst: str) -> list[_Load]:
+    def _inside(self, here: Lane, there: Lane) -> list[_Load]:
         """A hop without NICs."""
-        groups = self.nodes.groups
         if there.gpu < 0:
             return [self._memory(there)]
         if (here.node, here.gpu) == (there.node, there.gpu):
             return []
         if here.domain >= 0 and here.domain == there.domain:
-            return [self._nvlink(here, src, "out"), self._nvlink(there, dst, "in")]
-        return [
-            self._part(f"PCIe of {src} out", groups[here.node].pcie_gbps or groups[here.node].host_gbps),
-            self._part(f"PCIe of {dst} in", groups[there.node].pcie_gbps or groups[there.node].host_gbps),
-        ]
+            return [self._nvlink(here, "out"), self._nvlink(there, "in")]
+        return [self._pcie(here, "out"), self._pcie(there, "in")]
 
-    def _nvlink(self, lane: Lane, name: str, way: str) -> _Load:
+    def _gpu(self, lane: Lane) -> str:
+        """A GPU's name: a trainer rank and an engine rank that share it share its ways in and out."""
+        return f"GPU {lane.gpu} of node {self.nodes.names[lane.node]}"
+
+    def _nvlink(self, lane: Lane, way: str) -> _Load:
         group = self.nodes.groups[lane.node]
-        return self._part(f"NVLink of {name} {way}", group.nvlink_gbps or group.local_gbps)
+        return self._part(f"NVLink of {self._gpu(lane)} {way}", group.nvlink_gbps or group.local_gbps)
+
+    def _pcie(self, lane: Lane, way: str) -> _Load:
+        group = self.nodes.groups[lane.node]
+        return self._part(f"PCIe of {self._gpu(lane)} {way}", group.pcie_gbps or group.host_gbps)
 
     def _memory(self, lane: Lane) -> _Load:
         """The memory of a node without GPUs."""
         return self._part(f"memory of node {self.nodes.names[lane.node]}", self.nodes.groups[lane.node].host_gbps)
 
-    def _to_nic(self, lane: Lane, nic: int, name: str, way: str) -> list[_Load]:
+    def _to_nic(self, lane: Lane, nic: int, way: str) -> list[_Load]:
         """Between a rank and a NIC of its node."""
         if lane.gpu < 0:
             # What leaves was counted when it was packed or received.
             return [self._memory(lane)] if way == "in" else []
         if lane.domain >= 0 and nic not in lane.own:
-            return [self._nvlink(lane, name, way)]
-        group = self.nodes.groups[lane.node]
-        return [self._part(f"PCIe of {name} {way}", group.pcie_gbps or group.host_gbps)]
+            return [self._nvlink(lane, way)]
+        return [self._pcie(lane, way)]

@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 from wsync.cli.topo.exits import add_exit_arguments, counted_verdict, exit_of
-from wsync.cli.topo.inputs import add_arguments, read_inputs
+from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.cli.topo.outputs import add_output_arguments, check_outputs, print_unjudged, write_outputs
 from wsync.errors import ConfigError
 from wsync.topo.report import check_topology
@@ -29,7 +29,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Print the report and return the verdict's exit status; what cannot be judged at all is UNKNOWN."""
     try:
         check_outputs(args)
-        topology = read_inputs(args.inputs, args.host)
+        topology = read_inputs(args.inputs, args.host, live_options(args))
         report = check_topology(topology, args.platform)
     except ConfigError as e:
         print_unjudged(e, args)

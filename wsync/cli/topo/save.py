@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsync.cli.output import EXIT_OK, check_writable
-from wsync.cli.topo.inputs import add_arguments, read_inputs
+from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.errors import ConfigError
 from wsync.topo.parse.saved import encode_topology
 
@@ -27,7 +27,7 @@ def run_save(args: argparse.Namespace) -> int:
         ConfigError: an input cannot be read, or the file cannot be written.
     """
     check_writable(args.output, "--output")
-    topology = read_inputs(args.inputs, args.host)
+    topology = read_inputs(args.inputs, args.host, live_options(args))
     for gap in (g for m in topology.machines for g in m.gaps if g.fatal):
         raise ConfigError(gap.what)
     try:

@@ -6,7 +6,7 @@ afterwards, in `wsync.topo.roots`.
 
 from __future__ import annotations
 
-from wsync.topo.checks import completeness, links, lint, nccl, network, numa, pairs, pcie, state, wiring
+from wsync.topo.checks import completeness, links, lint, live, nccl, network, numa, pairs, pcie, state, views, wiring
 from wsync.topo.checks.base import Case, Check
 from wsync.topo.findings import Finding
 
@@ -44,6 +44,8 @@ CHECKS: tuple[Check, ...] = (
     lint.check_oddities,
     lint.check_masks,
     lint.check_hca,
+    live.check_probes,
+    views.check_views,
 )
 
 

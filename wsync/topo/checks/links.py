@@ -148,7 +148,8 @@ def check_rates(case: Case) -> Iterator[Finding]:
 
 def check_remotes(case: Case) -> Iterator[Finding]:
     """Every GPU reaches the same switches with the same split (4, 5, 5, 4 on H100)."""
-    splits = {g.index: _split(g) for g in case.view.gpus}
+    own = {g.bus_id for g in case.view.gpus}
+    splits = {g.index: _split(g, own) for g in case.view.gpus}
     known = [s for s in splits.values() if s]
     if len(known) < 3:
         return
@@ -171,15 +172,15 @@ def check_remotes(case: Case) -> Iterator[Finding]:
             )
 
 
-def _split(gpu: Gpu) -> dict[str, int]:
-    """Links to each switch."""
+def _split(gpu: Gpu, own: set[str | None]) -> dict[str, int]:
+    """Links to each switch; those to GPUs of the machine, by bus id, lead elsewhere for each GPU."""
     if gpu.peers:
         found: dict[str, int] = {}
         for peer in gpu.peers:
             if peer.kind == "switch":
                 found[peer.target] = found.get(peer.target, 0) + peer.count
         return found
-    return dict(Counter(link.remote for link in gpu.nvlinks or () if link.remote is not None))
+    return dict(Counter(x.remote for x in gpu.nvlinks or () if x.remote is not None and x.remote not in own))
 
 
 def _spell(split: dict[str, int]) -> str:
