@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parts = parser.add_subparsers(dest="golden_command", required=True, metavar="COMMAND")
     save = parts.add_parser("save", help="write a golden file from machines that are alike", allow_abbrev=False)
     add_arguments(save)
-    save.add_argument("--output", metavar="FILE", required=True, help="the file to write")
+    save.add_argument("-o", "--output", metavar="FILE", required=True, help="the file to write")
     save.set_defaults(run=run_save)
     check = parts.add_parser("check", help="compare hosts with a golden file", allow_abbrev=False)
     check.add_argument("golden", metavar="GOLDEN", help="what `wsync topo golden save` wrote")
