@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lspci, ibstatus and other host files; what `wsync topo save` wrote. Files are of one machine and are merged; "
         "a folder holds those of one machine and gives it its name. Without any, this machine is read",
     )
-    parser.add_argument("--host", metavar="NAME", help="name of the machine that the files are of")
+    parser.add_argument("--host", metavar="NAME", help="name of the machine, where no input tells it")
     parser.add_argument("--live", action="store_true", help="read this machine, too; files are of it and are merged")
     parser.add_argument(
         "--timeout",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wsync.cli.output import print_error, write_json
 from wsync.cli.topo.table import print_report
-from wsync.errors import ConfigError
+from wsync.errors import ConfigError, WsyncError
 from wsync.topo.findings import Verdict
 from wsync.topo.model import Topology
 from wsync.topo.render.junit import junit_xml
@@ -127,7 +127,7 @@ def _draw(report: Report, topology: Topology, args: argparse.Namespace) -> None:
         write_whole(args.png, png_bytes(scene))
 
 
-def print_unjudged(error: ConfigError, args: argparse.Namespace) -> None:
+def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
     """Say why there is no report, also where a monitoring system looks for it."""
     print_error(error)
     if args.nagios:

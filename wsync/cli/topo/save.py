@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     """Add ``save``."""
     parser = commands.add_parser("save", help="merge inputs into one JSON file", allow_abbrev=False)
     add_arguments(parser)
-    parser.add_argument("--output", metavar="FILE", required=True, help="the file to write")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the file to write")
     parser.set_defaults(run=run_save)
 
 
