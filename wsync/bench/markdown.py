@@ -1,9 +1,9 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
-A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta``, with ``kernels`` for those
-of ``make record-kernels``, with ``planning`` for those of ``python -m wsync.bench.planning`` and with ``topo`` for those
-of ``python bench/record_topo.py``; what stands between them is replaced. A test compares.
+A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``; what stands between
+them is replaced. ``vllm`` is for those of ``wsync bench vllm``, ``delta`` for those of ``make record-delta``,
+``kernels`` for those of ``make record-kernels``, ``planning`` for those of ``python -m wsync.bench.planning`` and
+``topo`` for those of ``python bench/record_topo.py``. A test compares.
 """
 
 from __future__ import annotations
