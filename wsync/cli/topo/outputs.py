@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from wsync.cli.output import print_error, write_data, write_json
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError, WsyncError
+from wsync.spec.files import write_whole
 from wsync.topo.findings import Verdict
 from wsync.topo.model import Topology
 from wsync.topo.render.junit import junit_xml
@@ -94,9 +95,9 @@ def _writers(
     if args.json:
         yield lambda: write_json(report, args.json)
     if args.prometheus:
-        yield lambda: write_whole(args.prometheus, prometheus_text(report, time.time()).encode())
+        yield lambda: write_output(args.prometheus, prometheus_text(report, time.time()).encode())
     if args.junit:
-        yield lambda: write_whole(args.junit, junit_xml(report).encode())
+        yield lambda: write_output(args.junit, junit_xml(report).encode())
     if args.svg or args.png:
         yield lambda: _draw(report, topology, args)
 
@@ -116,11 +117,11 @@ def _draw(report: Report, topology: Topology, args: argparse.Namespace) -> None:
 
     scene = draw_topology(topology, report)
     if args.svg:
-        write_whole(args.svg, svg_text(scene).encode())
+        write_output(args.svg, svg_text(scene).encode())
     if args.png:
         from wsync.topo.render.png import png_bytes
 
-        write_whole(args.png, png_bytes(scene))
+        write_output(args.png, png_bytes(scene))
 
 
 def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
