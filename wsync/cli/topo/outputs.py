@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from wsync.cli.output import print_error, write_data, write_json
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError, WsyncError
-from wsync.spec.files import write_whole
 from wsync.topo.findings import Verdict
 from wsync.topo.model import Topology
 from wsync.topo.render.junit import junit_xml
@@ -131,6 +130,6 @@ def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
         print(status_text("UNKNOWN", error.message))
 
 
-def write_whole(target: str, data: bytes) -> None:
+def write_output(target: str, data: bytes) -> None:
     """Write a file that everyone may read, whole; ``-`` is stdout. Raises as `write_data`."""
     write_data(target, data, 0o644)

@@ -8,7 +8,6 @@ from typing import Any
 from wsync.cli.output import EXIT_OK, check_writable, write_data
 from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.errors import ConfigError
-from wsync.spec.files import write_whole
 from wsync.topo.parse.saved import encode_topology
 
 
