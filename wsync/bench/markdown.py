@@ -1,8 +1,9 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta`` and with ``kernels`` for
-those of ``make record-kernels``; what stands between them is replaced. A test compares.
+``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta``, with ``kernels`` for those
+of ``make record-kernels`` and with ``shootout`` for those of ``make record-shootout``; what stands between them is
+replaced. A test compares.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from wsync.bench.delta_result import DeltaResult, delta_table_of
 from wsync.bench.kernel_result import KernelResult, kernel_table_of
 from wsync.bench.options import WSYNC
 from wsync.bench.result import Result, RowResult
+from wsync.bench.shootout_result import ShootoutResult, shootout_table_of
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
-_E2E, _VLLM, _DELTA, _KERNELS = "e2e", "vllm", "delta", "kernels"
+_E2E, _VLLM, _DELTA, _KERNELS, _SHOOTOUT = "e2e", "vllm", "delta", "kernels", "shootout"
 
-_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult)
+_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, ShootoutResult)
 
 
 def load_record(path: Path) -> Result:
@@ -49,6 +51,11 @@ def load_delta_record(path: Path) -> DeltaResult:
 def load_kernel_record(path: Path) -> KernelResult:
     """A record that ``make record-kernels`` wrote; raises as `load_record`."""
     return _load(path, KernelResult)
+
+
+def load_shootout_record(path: Path) -> ShootoutResult:
+    """A record that ``make record-shootout`` wrote; raises as `load_record`."""
+    return _load(path, ShootoutResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -176,6 +183,10 @@ def table_in(record: Path) -> tuple[str, str]:
         pass
     try:
         return _KERNELS, kernel_table_of(load_kernel_record(record))
+    except FormatVersionError:
+        pass
+    try:
+        return _SHOOTOUT, shootout_table_of(load_shootout_record(record))
     except FormatVersionError:
         raise first from None
 
