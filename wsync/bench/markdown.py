@@ -1,9 +1,9 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta``, with ``kernels`` for those
-of ``make record-kernels`` and with ``shootout`` for those of ``make record-shootout``; what stands between them is
-replaced. A test compares.
+``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta``, with ``kernels`` for
+those of ``make record-kernels`` and with ``shootout`` for those of ``make record-shootout``; what stands between them
+is replaced. A test compares.
 """
 
 from __future__ import annotations
