@@ -1,16 +1,18 @@
 """Blocks: maximal boxes with one set of holders and one set of needers, worked out once per class of tensors.
 
-Two tensors are of one class if shape, dtype, shards, recipe and the sinks' boxes are equal. What is worked out here
-knows no names and no addresses, so it holds for every member.
+Two tensors are of one class if shape, dtype, shards, recipe and the boxes that each class of engine ranks needs are
+equal. What is worked out here knows no names, no addresses and no single engine ranks, so it holds for every member,
+and for every number of replicas.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from wsync.errors import ConfigError, ManifestError, MissingTensorError
-from wsync.plan.demand import Claim, Demand, check_column
+from wsync.plan.demand import Demand, Encoding, check_column
 from wsync.plan.geometry import (
     bits,
     cut_leading,
@@ -23,12 +25,12 @@ from wsync.plan.geometry import (
     weights_of_cells,
 )
 from wsync.plan.grids import Grid, Grids, grids_of, to_packed
-from wsync.plan.nodes import Nodes
+from wsync.plan.holdings import Shards
+from wsync.plan.rank_classes import mask_of
 from wsync.plan.types import ALIGNMENT, MODE_COPY, MODE_FUSED, MODE_SCALED
 from wsync.spec.box import Box
 from wsync.spec.dtypes import itemsize
-from wsync.spec.manifest import SourceManifest, TensorSpec
-from wsync.spec.recipes import PartSpec, get_recipe
+from wsync.spec.recipes import PartSpec
 
 NUM_DIMS = 4
 """Dimensions of more than one element that a piece may have: those of a descriptor."""
@@ -39,13 +41,8 @@ _ANYWHERE = (1, 1)
 Holder = tuple[int, int]
 """A trainer rank and which of its boxes of the tensor."""
 
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """The sinks of a unit that one sender serves, and the ranks that could be it."""
-
-    candidates: tuple[Holder, ...]
-    sinks: tuple[int, ...]
+NamedClaim = tuple[int, Box]
+"""The number of a class of engine ranks, and a box that it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +53,20 @@ class Unit:
         part: which of the tensor's parts, the weight being the first.
         box: in the part's coordinates.
         mode: MODE_COPY, MODE_FUSED or MODE_SCALED.
-        elem_bytes: of one element on the wire.
         nbytes: on the wire.
         step: cuts in the last two dimensions (rows, columns) fall on multiples of these.
-        holders: every rank that could send it.
-        routes: who needs it.
+        holders: every rank that could send it; units of equal holders share the tuple.
+        needers: mask of the classes of engine ranks that need it.
         follows: index of the fused weight unit whose sender has this scale, or -1 if every holder has it.
     """
 
     part: int
     box: Box
     mode: int
-    elem_bytes: int
     nbytes: int
     step: tuple[int, int]
     holders: tuple[Holder, ...]
-    routes: tuple[Route, ...]
+    needers: int
     follows: int = -1
 
     @property
@@ -81,24 +76,50 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorClass:
-    """Tensors that share their intersection.
+class Blocks:
+    """The intersection that the tensors of one class share.
 
     Attributes:
         units: weights first, then scales.
         amax: (rank, shard index, box of the weight) whose amaxes are exchanged.
         grid_elements: amaxes of one tensor if any is exchanged, else 0.
-        members: the demands of this class, in order of tensor.
     """
 
     units: tuple[Unit, ...]
     amax: tuple[tuple[int, int, Box], ...]
     grid_elements: int
-    members: list[Demand]
 
 
-def find_classes(source: SourceManifest, demands: list[Demand], nodes: Nodes, bucket_bytes: int) -> list[TensorClass]:
-    """Group demands by class, in order of first member, and intersect each class once.
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How fine blocks are cut.
+
+    Attributes:
+        bucket_bytes: size of a bucket.
+        halves: cut where several ranks or trees could share the sending, so that they share it evenly.
+    """
+
+    bucket_bytes: int
+    halves: bool
+
+
+def intersect(
+    member: Demand,
+    name: str,
+    shards: Shards,
+    claims: tuple[list[NamedClaim], ...],
+    cutting: Cutting,
+    first_sink: Callable[[int], int],
+) -> Blocks:
+    """Intersect what the trainer ranks hold of a tensor with what the engine ranks need of it.
+
+    Args:
+        member: one of the tensors of the class.
+        name: of this tensor, for messages.
+        shards: of each trainer rank.
+        claims: of each part, with as many dimensions as the tensor.
+        cutting: how fine.
+        first_sink: index of a rank of the classes of a mask, for messages.
 
     Raises:
         MissingTensorError: elements that a sink needs, or that a needed scale describes, are on no trainer rank.
@@ -106,17 +127,7 @@ def find_classes(source: SourceManifest, demands: list[Demand], nodes: Nodes, bu
         ManifestError: a scale is needed that only the packing of its weight makes, and nobody takes the weight.
         ConfigError: a bucket is too small for one scale block.
     """
-    classes: dict[object, TensorClass] = {}
-    for demand in demands:
-        tensor = source.tensors[demand.tensor_idx]
-        shards = source.shards[demand.tensor_idx]
-        claims = tuple(tuple(c) for c in demand.claims)
-        key = (tensor.shape, tensor.dtype, demand.recipe, shards, claims)
-        found = classes.get(key)
-        if found is None:
-            found = classes[key] = _Intersection(tensor, shards, demand, nodes, bucket_bytes).tensor_class()
-        found.members.append(demand)
-    return list(classes.values())
+    return _Intersection(member, name, shards, claims, cutting, first_sink).blocks()
 
 
 class _Intersection:
@@ -124,19 +135,23 @@ class _Intersection:
 
     def __init__(
         self,
-        tensor: TensorSpec,
-        shards: tuple[tuple[Box, ...], ...],
-        demand: Demand,
-        nodes: Nodes,
-        bucket_bytes: int,
+        member: Demand,
+        name: str,
+        shards: Shards,
+        claims: tuple[list[NamedClaim], ...],
+        cutting: Cutting,
+        first_sink: Callable[[int], int],
     ) -> None:
-        self.tensor = tensor
-        self.demand = demand
-        self.nodes = nodes
-        self.bucket_bytes = bucket_bytes
-        self.recipe = get_recipe(demand.recipe)
-        self.grids = grids_of(self.recipe, tensor.shape) if self.recipe.quantised else Grids((), None, None, False)
-        self.weight_shape = self.recipe.weight_shape(tensor.shape)
+        self.encoding: Encoding = member.encoding
+        self.group = member.group
+        self.name = name
+        self.claims = claims
+        self.cutting = cutting
+        self.first_sink = first_sink
+        self.recipe = self.encoding.recipe
+        shape = self.encoding.shape
+        self.grids = grids_of(self.recipe, shape) if self.recipe.quantised else Grids((), None, None, False)
+        self.weight_shape = self.recipe.weight_shape(shape)
         self.holders: dict[Box, list[Holder]] = {}
         for rank, boxes in enumerate(shards):
             for shard_idx, box in enumerate(boxes):
@@ -147,74 +162,71 @@ class _Intersection:
     def _check_columns(self, rank: int, box: Box) -> None:
         if self.recipe.group > 1:
             for col in (box.offset[-1], box.end[-1]):
-                check_column(col, self.tensor.name, self.recipe.name, f"the shard of trainer rank {rank}")
+                check_column(col, self.name, self.recipe.name, f"the shard of trainer rank {rank}")
 
-    def tensor_class(self) -> TensorClass:
-        units = self._weight_units(self.demand.parts[0], self.demand.claims[0])
+    def blocks(self) -> Blocks:
+        units = self._weight_units(self.encoding.parts[0], self.claims[0])
         if not self.recipe.quantised:
-            return TensorClass(tuple(units), (), 0, [])
+            return Blocks(tuple(units), (), 0)
         self._check_bucket()
         amax = self._amax(units)
         shared = self.grids.shared
         weights = tuple(units)
         for part_idx, grid in enumerate(self.grids.levels, start=1):
             units += self._scale_units(weights, part_idx, grid)
-        return TensorClass(tuple(units), tuple(amax), math.prod(shared.shape) if shared and amax else 0, [])
+        return Blocks(tuple(units), tuple(amax), math.prod(shared.shape) if shared and amax else 0)
 
     def _check_bucket(self) -> None:
         """A scale block that is packed in one pass must fit into a bucket."""
         if self.grids.packed is None:
             return
-        weight = self.demand.parts[0]
-        block_bytes = math.prod(self.grids.packed.cell) * itemsize(weight.dtype)
-        if self.bucket_bytes < block_bytes:
+        block_bytes = math.prod(self.grids.packed.cell) * itemsize(self.encoding.parts[0].dtype)
+        if self.cutting.bucket_bytes < block_bytes:
             raise ConfigError(
-                f"bucket_bytes is {self.bucket_bytes}, but one scale block of {weight.name!r} has {block_bytes}"
+                f"bucket_bytes is {self.cutting.bucket_bytes}, but one scale block of {self.name!r} has {block_bytes}"
             )
 
-    def _weight_units(self, part: PartSpec, claims: list[Claim]) -> list[Unit]:
+    def _weight_units(self, part: PartSpec, claims: list[NamedClaim]) -> list[Unit]:
         units: list[Unit] = []
         elem_bytes = itemsize(part.dtype)
         grid = self.grids.packed
-        for box, holders, sinks, _ in self._blocks(part, claims, list(self.holders.items()), []):
+        for box, holders, needers, _ in self._blocks(part, claims, list(self.holders.items()), []):
             pieces = [(box, MODE_SCALED if self.recipe.quantised else MODE_COPY)]
             if grid is not None:
                 pieces = split_modes(box, part.shape, grid.cell)
             for piece, mode in pieces:
                 step = grid.cell if grid is not None and mode == MODE_FUSED else _ANYWHERE
-                units += self._units(piece, mode, 0, elem_bytes, step, holders, sinks)
+                units += self._units(piece, mode, 0, elem_bytes, step, holders, needers)
         return units
 
     def _blocks(
-        self, part: PartSpec, claims: list[Claim], held: list[tuple[Box, list[Holder]]], extra: list[Box]
-    ) -> list[tuple[Box, tuple[Holder, ...], tuple[int, ...], int]]:
+        self, part: PartSpec, claims: list[NamedClaim], held: list[tuple[Box, list[Holder]]], extra: list[Box]
+    ) -> list[tuple[Box, tuple[Holder, ...], int, int]]:
         """Boxes with their holders, needers and the one of the disjoint ``extra`` boxes that has them, or -1."""
-        needers: dict[Box, list[int]] = {}
-        for sink_idx, box in claims:
-            needers.setdefault(box, []).append(sink_idx)
-        wanted = list(needers)
+        wants: dict[Box, int] = {}
+        for number, box in claims:
+            wants[box] = wants.get(box, 0) | 1 << number
+        wanted = list(wants)
         boxes = [*wanted, *(b for b, _ in held), *extra]
+        known: dict[int, tuple[Holder, ...]] = {}
+        needed, holding = (1 << len(wanted)) - 1, ((1 << len(held)) - 1) << len(wanted)
         out = []
-        for box, mask in partition(boxes, (1 << len(wanted)) - 1):
-            ranks: dict[int, int] = {}
-            sinks: set[int] = set()
-            extra_idx = -1
-            for i in bits(mask):
-                if i < len(wanted):
-                    sinks.update(needers[wanted[i]])
-                elif i < len(wanted) + len(held):
-                    for rank, shard_idx in held[i - len(wanted)][1]:
-                        ranks.setdefault(rank, shard_idx)
-                else:
-                    extra_idx = i - len(wanted) - len(held)
-            if not ranks:
-                raise self._missing(part, box, min(sinks))
-            out.append((box, tuple(sorted(ranks.items())), tuple(sorted(sinks)), extra_idx))
+        for box, mask in partition(boxes, needed):
+            needers = 0
+            for i in bits(mask & needed):
+                needers |= wants[wanted[i]]
+            holders = known.get(mask & holding)
+            if holders is None:
+                holders = known[mask & holding] = _holders(held, (mask & holding) >> len(wanted))
+            if not holders:
+                raise self._missing(part, box, needers)
+            extra_idx = (mask >> (len(wanted) + len(held))).bit_length() - 1
+            out.append((box, holders, needers, extra_idx))
         return out
 
-    def _missing(self, part: PartSpec, box: Box, sink_idx: int) -> MissingTensorError:
+    def _missing(self, part: PartSpec, box: Box, needers: int) -> MissingTensorError:
         return MissingTensorError(
-            f"sink {sink_idx} needs {part.name!r} of shape {part.shape}, but no trainer rank holds its box at offset "
+            f"sink {self.first_sink(needers)} needs {self.name + part.name!r} of shape {part.shape}, but no trainer rank holds its box at offset "
             f"{box.offset} of shape {box.shape}"
         )
 
@@ -226,34 +238,17 @@ class _Intersection:
         elem_bytes: int,
         step: tuple[int, int],
         holders: tuple[Holder, ...],
-        sinks: tuple[int, ...],
+        needers: int,
         follows: int = -1,
     ) -> list[Unit]:
-        """One unit, or several where a descriptor could not describe it or where a choice of senders can be shared."""
-        routes = self._routes(holders, sinks)
-        capacity = self.bucket_bytes if any(len(r.candidates) > 1 for r in routes) else None
+        """One unit, or several where a descriptor could not describe it or where the sending is to be shared."""
+        capacity = self.cutting.bucket_bytes if self.cutting.halves else None
         out = []
         for part in _describable(box, mode, elem_bytes):
             for piece in _halved(part, elem_bytes, step, capacity):
                 nbytes = piece.num_elements * elem_bytes
-                out.append(Unit(part_idx, piece, mode, elem_bytes, nbytes, step, holders, routes, follows))
+                out.append(Unit(part_idx, piece, mode, nbytes, step, holders, needers, follows))
         return out
-
-    def _routes(self, holders: tuple[Holder, ...], sinks: tuple[int, ...]) -> tuple[Route, ...]:
-        """Nodes that hold the bytes are served from within; all others get them from one sender."""
-        if len(holders) == 1:
-            return (Route(holders, sinks),)
-        source_node, sink_node = self.nodes.source_node, self.nodes.sink_node
-        local: dict[int, list[Holder]] = {}
-        for holder in holders:
-            local.setdefault(source_node[holder[0]], []).append(holder)
-        by_node: dict[int, list[int]] = {}
-        for sink_idx in sinks:
-            node = sink_node[sink_idx]
-            by_node.setdefault(node if node in local else -1, []).append(sink_idx)
-        return tuple(
-            Route(holders if node < 0 else tuple(local[node]), tuple(group)) for node, group in sorted(by_node.items())
-        )
 
     def _amax(self, units: list[Unit]) -> list[tuple[int, int, Box]]:
         """The parts of shards whose amaxes are exchanged."""
@@ -275,11 +270,11 @@ class _Intersection:
         return sorted(out)
 
     def _no_amax(self, box: Box) -> MissingTensorError:
-        sinks = [sink_idx for claims in self.demand.claims for sink_idx, _ in claims]
-        if sinks:
-            return self._missing(self.demand.parts[0], box, min(sinks))
+        needers = mask_of(number for claims in self.claims for number, _ in claims)
+        if needers:
+            return self._missing(self.encoding.parts[0], box, needers)
         return MissingTensorError(
-            f"{self.tensor.name!r} shares its amax with {', '.join(self.demand.group)}, but no trainer rank holds its "
+            f"{self.name!r} shares its amax with {', '.join(self.group)}, but no trainer rank holds its "
             f"box at offset {box.offset} of shape {box.shape}"
         )
 
@@ -287,7 +282,7 @@ class _Intersection:
         """The weights of the needed scales that no single unit has as a whole."""
         whole = [touched_cells(u.box, grid.cell) for u in units if u.mode == MODE_FUSED]
         cut = [touched_cells(u.box, grid.cell) for u in units if u.mode == MODE_SCALED]
-        cut += [box for _, box in self.demand.claims[1]]
+        cut += [box for _, box in self.claims[1]]
         cut = list(dict.fromkeys(cut))
         found = partition([*cut, *whole], (1 << len(cut)) - 1)
         cells = joined([(box, 0) for box, mask in found if not mask >> len(cut)])
@@ -295,7 +290,7 @@ class _Intersection:
 
     def _scale_units(self, weights: tuple[Unit, ...], part_idx: int, grid: Grid) -> list[Unit]:
         """Scales, cut so that each box follows one fused unit where the choice of its sender is open."""
-        part, claims = self.demand.parts[part_idx], self.demand.claims[part_idx]
+        part, claims = self.encoding.parts[part_idx], self.claims[part_idx]
         held = [(owned_cells(box, grid.cell), holders) for box, holders in self.holders.items()]
         fused = [i for i, u in enumerate(weights) if u.mode == MODE_FUSED] if grid is self.grids.packed else []
         if grid is not self.grids.shared:
@@ -304,21 +299,31 @@ class _Intersection:
         cells = [touched_cells(weights[i].box, grid.cell) for i in open_idx]
         out: list[Unit] = []
         elem_bytes = itemsize(part.dtype)
-        for box, holders, sinks, extra_idx in self._blocks(part, claims, held, cells):
+        for box, holders, needers, extra_idx in self._blocks(part, claims, held, cells):
             follows = open_idx[extra_idx] if extra_idx >= 0 else -1
-            out += self._units(box, MODE_COPY, part_idx, elem_bytes, _ANYWHERE, holders, sinks, follows)
+            out += self._units(box, MODE_COPY, part_idx, elem_bytes, _ANYWHERE, holders, needers, follows)
         return out
 
-    def _check_packed(self, part: PartSpec, claims: list[Claim], made: list[Box]) -> None:
+    def _check_packed(self, part: PartSpec, claims: list[NamedClaim], made: list[Box]) -> None:
         """Refuse scales that only the packing of their weights makes, where no engine rank takes the weights."""
         wanted = list(dict.fromkeys(box for _, box in claims))
         for box, mask in partition([*wanted, *made], (1 << len(wanted)) - 1):
             if not mask >> len(wanted):
+                needers = mask_of(number for number, b in claims if b.intersect(box))
                 raise ManifestError(
-                    f"sink {min(s for s, b in claims if b.intersect(box))} needs {part.name!r} at offset {box.offset} "
+                    f"sink {self.first_sink(needers)} needs {self.name + part.name!r} at offset {box.offset} "
                     f"of shape {box.shape}, but no engine rank takes the weights that it scales; recipe "
                     f"{self.recipe.name!r} makes both together"
                 )
+
+
+def _holders(held: list[tuple[Box, list[Holder]]], mask: int) -> tuple[Holder, ...]:
+    """Every rank that has one of the boxes of ``mask``, and which of its boxes does."""
+    ranks: dict[int, int] = {}
+    for i in bits(mask):
+        for rank, shard_idx in held[i][1]:
+            ranks.setdefault(rank, shard_idx)
+    return tuple(sorted(ranks.items()))
 
 
 def _describable(box: Box, mode: int, elem_bytes: int) -> list[Box]:

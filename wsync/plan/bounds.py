@@ -6,13 +6,13 @@ and bytes that have all holders inside and a needer outside must leave it, each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from wsync.errors import ConfigError
-from wsync.plan.blocks import TensorClass
+from wsync.plan.flows import DemandGroup, Flow, Tree
 from wsync.plan.nodes import Nodes
-from wsync.plan.types import SOURCE, Bound, Bucket
+from wsync.plan.types import SOURCE, Bound
 from wsync.spec.manifest import SinkManifest
 
 
@@ -40,13 +40,13 @@ class _Bytes:
         self.link = [[0, 0] for _ in range(self.num_links)]
 
 
-def find_bounds(classes: list[TensorClass], nodes: Nodes, sink: SinkManifest) -> tuple[Bound, ...]:
+def find_bounds(groups: Iterable[DemandGroup], nodes: Nodes, sink: SinkManifest) -> tuple[Bound, ...]:
     """Every cut that is looked at, the slowest first.
 
     Raises:
         ConfigError: bytes must cross the edge of a node that has no ports.
     """
-    total = _least_bytes(classes, nodes)
+    total = _least_bytes(groups, nodes)
     _check_ports(nodes, total.node_in, total.node_out)
     trainers, engines = set(nodes.source_node), set(nodes.sink_node)
     bounds: list[Bound] = []
@@ -77,16 +77,14 @@ def find_bounds(classes: list[TensorClass], nodes: Nodes, sink: SinkManifest) ->
     return tuple(sorted(bounds, key=lambda b: (-b.seconds, b.name)))
 
 
-def _least_bytes(classes: list[TensorClass], nodes: Nodes) -> _Bytes:
+def _least_bytes(groups: Iterable[DemandGroup], nodes: Nodes) -> _Bytes:
     total = _Bytes(len(nodes.names), len(nodes.source_node), len(nodes.sink_node), len(nodes.cluster.links))
     trainers, engines = set(nodes.source_node), set(nodes.sink_node)
     sides = _sides(nodes)
     covers = [a | b == {g.name for g in nodes.cluster.groups} for a, b in _link_groups(nodes)]
-    for cls in classes:
-        for unit in cls.units:
-            nbytes = unit.nbytes * len(cls.members)
-            held = {nodes.source_node[rank] for rank, _ in unit.holders}
-            sinks = [s for route in unit.routes for s in route.sinks]
+    for group in groups:
+            nbytes, sinks = group.nbytes, group.sinks
+            held = {nodes.source_node[rank] for rank in group.holders}
             needed = {nodes.sink_node[s] for s in sinks}
             for s in sinks:
                 total.sink_in[s] += nbytes
@@ -98,8 +96,8 @@ def _least_bytes(classes: list[TensorClass], nodes: Nodes) -> _Bytes:
                 (node,) = held
                 total.node_memory[node] += nbytes
                 total.node_out[node] += nbytes * bool(needed - held)
-            if len(unit.holders) == 1:
-                total.source_out[unit.holders[0][0]] += nbytes
+            if len(group.holders) == 1:
+                total.source_out[group.holders[0]] += nbytes
             total.leaves_trainers += nbytes * bool(needed - trainers)
             total.enters_engines += nbytes * (not held & engines)
             for i, (a, b) in enumerate(sides):
@@ -133,10 +131,8 @@ def _check_ports(nodes: Nodes, *crossing: list[int]) -> None:
                 )
 
 
-def plan_seconds(buckets: Iterable[Bucket], nodes: Nodes) -> float:
-    """Seconds that the busiest part of the cluster takes for ``buckets``, with alpha for every message of a rank.
-
-    It counts what `find_bounds` counts, but as routed and with the bytes between pieces: never less than the bound.
+def plan_seconds(trees: Sequence[Tree], flows: Iterable[Flow], nodes: Nodes, bucket_bytes: int) -> float:
+    """Seconds that the busiest part of the cluster takes, with alpha for every message of a rank.
 
     Raises:
         ConfigError: bytes are routed over the edge of a node that has no ports.
@@ -145,19 +141,20 @@ def plan_seconds(buckets: Iterable[Bucket], nodes: Nodes) -> float:
     relayed = [0] * len(nodes.sink_node)
     messages = [0] * (len(nodes.source_node) + len(nodes.sink_node))
     sides = _sides(nodes)
-    for bucket in buckets:
-        used, home = bucket.used_bytes, nodes.source_node[bucket.src_rank]
+    for flow in flows:
+        used, home = flow.wire_bytes, nodes.source_node[flow.src_rank]
+        count = -(-flow.nbytes // bucket_bytes)
         total.node_memory[home] += used
-        for src, dst in bucket.hops:
+        for src, dst in trees[flow.tree_idx].hops:
             src_node, dst_node = (home if src == SOURCE else nodes.sink_node[src]), nodes.sink_node[dst]
             total.sink_in[dst] += used
             total.node_memory[dst_node] += used
             if src == SOURCE:
-                total.source_out[bucket.src_rank] += used
-                messages[bucket.src_rank] += 1
+                total.source_out[flow.src_rank] += used
+                messages[flow.src_rank] += count
             else:
                 relayed[src] += used
-                messages[len(nodes.source_node) + src] += 1
+                messages[len(nodes.source_node) + src] += count
             if src_node != dst_node:
                 total.node_out[src_node] += used
                 total.node_in[dst_node] += used

@@ -1,8 +1,14 @@
-"""What the sinks ask for, checked against what the trainer has. Nothing is planned before all of it is right."""
+"""What the sinks ask for, checked against what the trainer has. Nothing is planned before all of it is right.
+
+Everything is done once per class of engine ranks, and what does not depend on a tensor's name once per shape.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from wsync.errors import (
     DtypeMismatchError,
@@ -12,125 +18,122 @@ from wsync.errors import (
     UnknownTensorError,
 )
 from wsync.plan.grids import box_of_all_dims, group_of
+from wsync.plan.holdings import Holdings
 from wsync.spec.box import Box
 from wsync.spec.dtypes import same_bytes
-from wsync.spec.manifest import (
-    CopySpec,
-    SinkManifest,
-    SinkRankManifest,
-    SourceManifest,
-    StorageSpec,
-    TensorSpec,
-    check_shards,
-    check_tensor,
-)
-from wsync.spec.recipes import PartSpec, get_recipe, recipe_parts
+from wsync.spec.manifest import CopySpec, SinkRankManifest, StorageSpec, TensorSpec
+from wsync.spec.recipes import PartSpec, Recipe, get_recipe, recipe_parts
 
-Claim = tuple[int, Box]
-"""A sink index and a box that it needs."""
+Claim = tuple[int, int]
+"""The number of a class of engine ranks, and that of a box which it needs."""
+
+_Place = tuple[int, int, int]
+"""Of a copy's box and strides: number of the box (-1: empty), the lowest and the highest element that is written,
+counted from the copy's own offset."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Encoding:
+    """How tensors of one shape and dtype are encoded in one recipe.
+
+    Attributes:
+        idx: number of the encoding.
+        shape, dtype: of the tensors.
+        recipe: how.
+        parts: the weight, then its tensors of scales, as an engine sees them; their names are suffixes.
+        places: of each part what is known about boxes and strides that were looked at.
+    """
+
+    idx: int
+    shape: tuple[int, ...]
+    dtype: str
+    recipe: Recipe
+    parts: tuple[PartSpec, ...]
+    places: tuple[dict[tuple[Box, tuple[int, ...]], _Place], ...]
+
+
+@dataclass(slots=True, eq=False)
 class Demand:
     """Everything that is asked for of one tensor in one recipe and scale group.
 
     Attributes:
         tensor_idx: into the source's tensors, an alias's target.
-        recipe: how it is encoded.
-        parts: the weight, then its tensors of scales, as an engine sees them.
+        encoding: how it is encoded.
         group: names of the tensors that share their amaxes; empty for a tensor by itself.
         claims: of each part, with as many dimensions as the tensor. Without any, the tensor only lends its amax.
     """
 
     tensor_idx: int
-    recipe: str
-    parts: tuple[PartSpec, ...]
-    group: tuple[str, ...] = ()
-    claims: tuple[list[Claim], ...] = field(default=())
+    encoding: Encoding
+    group: tuple[str, ...]
+    claims: tuple[list[Claim], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.claims = tuple([] for _ in self.parts)
-
-
-def resolve_aliases(tensors: tuple[TensorSpec, ...]) -> dict[str, int]:
-    """For each tensor's name the index of the tensor that holds its memory.
-
-    Raises:
-        UnknownTensorError: an alias of a tensor that does not exist.
-        ShapeMismatchError, DtypeMismatchError: an alias that differs from its target.
-        ManifestError: a name twice, or aliases in a circle.
-    """
-    index: dict[str, int] = {}
-    for i, tensor in enumerate(tensors):
-        if index.setdefault(tensor.name, i) != i:
-            raise ManifestError(f"tensor {tensor.name!r} is in the source twice, at {index[tensor.name]} and at {i}")
-    return {name: _target(name, tensors, index) for name in index}
-
-
-def _target(name: str, tensors: tuple[TensorSpec, ...], index: dict[str, int]) -> int:
-    tensor = tensors[index[name]]
-    seen = {name}
-    while tensor.alias_of is not None:
-        target = index.get(tensor.alias_of)
-        if target is None:
-            raise UnknownTensorError(f"tensor {tensor.name!r} is an alias of {tensor.alias_of!r}, which is not there")
-        if tensor.alias_of in seen:
-            raise ManifestError(f"tensor {name!r} is an alias of itself by way of {tensor.name!r}")
-        other = tensors[target]
-        if other.shape != tensor.shape:
-            raise ShapeMismatchError(
-                f"{tensor.name!r} has shape {tensor.shape}, but {other.name!r}, whose alias it is, has {other.shape}"
-            )
-        if other.dtype != tensor.dtype:
-            raise DtypeMismatchError(
-                f"{tensor.name!r} is {tensor.dtype}, but {other.name!r}, whose alias it is, is {other.dtype}"
-            )
-        seen.add(other.name)
-        tensor = other
-    return index[tensor.name]
-
-
-def check_source(source: SourceManifest) -> None:
-    """Check a source manifest against itself.
-
-    Raises:
-        ManifestError: no ranks, lists of unequal length, or a tensor that cannot be.
-        ShapeMismatchError: a shard that is not inside its tensor.
-        DtypeMismatchError: a dtype that wsync does not move.
-    """
-    if not source.ranks:
-        raise ManifestError("a source needs at least 1 rank, got 0")
-    if len(source.shards) != len(source.tensors):
-        raise ManifestError(f"the source lists {len(source.tensors)} tensors, but shards of {len(source.shards)}")
-    checked: set[tuple[object, object]] = set()
-    for tensor, shards in zip(source.tensors, source.shards, strict=True):
-        check_tensor(tensor)
-        if (tensor.shape, shards) in checked:
-            continue
-        if len(shards) != len(source.ranks):
-            raise ManifestError(
-                f"{tensor.name!r} has shards of {len(shards)} ranks, the source has {len(source.ranks)}"
-            )
-        for rank, boxes in enumerate(shards):
-            check_shards(tensor, rank, boxes)
-        checked.add((tensor.shape, shards))
+        self.claims = tuple([] for _ in self.encoding.parts)
 
 
 DemandKey = tuple[int, str, tuple[str, ...]]
 """Tensor, recipe and scale group."""
 
 
-def collect_demands(source: SourceManifest, sink: SinkManifest) -> list[Demand]:
-    """Check every copy of every sink and gather them by tensor, recipe and scale group, in this order.
+class Boxes:
+    """Numbers boxes, so that claims compare as integers."""
+
+    def __init__(self) -> None:
+        self.values: list[Box] = []
+        self._numbers: dict[Box, int] = {}
+
+    def number(self, box: Box) -> int:
+        """The number of a box."""
+        found = self._numbers.setdefault(box, len(self.values))
+        if found == len(self.values):
+            self.values.append(box)
+        return found
+
+
+class Encodings:
+    """The encodings that were asked for so far. They know nothing of ranks and serve every plan of one source."""
+
+    def __init__(self, boxes: Boxes) -> None:
+        self.boxes = boxes
+        self._by_key: dict[tuple[tuple[int, ...], str, str], Encoding] = {}
+
+    def of(self, tensor: TensorSpec, recipe: str, where: str) -> Encoding:
+        """The encoding of a tensor.
+
+        Raises:
+            RecipeError: the recipe is unknown or cannot encode the tensor; ``where`` says who wants it.
+        """
+        key = (tensor.shape, tensor.dtype, recipe)
+        found = self._by_key.get(key)
+        if found is None:
+            try:
+                parts = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
+            except RecipeError as e:
+                raise RecipeError(f"{where}: {e.message}", hint=e.hint) from e
+            facts = get_recipe(recipe)
+            parts = tuple(msgspec.structs.replace(p, name=facts.suffix(p.role)) for p in parts)
+            found = Encoding(len(self._by_key), tensor.shape, tensor.dtype, facts, parts, tuple({} for _ in parts))
+            self._by_key[key] = found
+        return found
+
+
+def collect_demands(
+    holdings: Holdings, ranks: Iterable[tuple[int, SinkRankManifest]], encodings: Encodings
+) -> list[Demand]:
+    """Check every copy of every class of engine ranks and gather them by tensor, recipe and scale group, in this order.
+
+    Args:
+        holdings: what the trainer has.
+        ranks: for each class of engine ranks its number and one of its ranks.
+        encodings: that are known, and are added to.
 
     Raises:
         ManifestError: or one of its leaves, or `RecipeError`; each names tensor, replica, rank and both values.
     """
-    if not sink.ranks:
-        raise ManifestError("a plan needs at least 1 engine rank, got 0")
-    demands = _Demands(source)
-    for sink_idx, rank in enumerate(sink.ranks):
-        _Rank(sink_idx, rank, demands).collect()
+    demands = _Demands(holdings, encodings)
+    for number, rank in ranks:
+        _Rank(number, rank, demands).collect()
     demands.add_lenders()
     return [found for _, found in sorted(demands.by_key.items()) if any(found.claims) or found.group]
 
@@ -138,10 +141,11 @@ def collect_demands(source: SourceManifest, sink: SinkManifest) -> list[Demand]:
 class _Demands:
     """What is asked for so far, and the source that it is asked of."""
 
-    def __init__(self, source: SourceManifest) -> None:
-        self.tensors = source.tensors
-        self.target_of = resolve_aliases(source.tensors)
-        self.aliases = {name: source.tensors[idx].name for name, idx in self.target_of.items()}
+    def __init__(self, holdings: Holdings, encodings: Encodings) -> None:
+        self.tensors = holdings.source.tensors
+        self.target_of = holdings.target_of
+        self.aliases = holdings.aliases
+        self.encodings = encodings
         self.by_key: dict[DemandKey, Demand] = {}
 
     def of(self, key: DemandKey, where: str) -> Demand:
@@ -149,17 +153,13 @@ class _Demands:
         demand = self.by_key.get(key)
         if demand is None:
             tensor_idx, recipe, group = key
-            tensor = self.tensors[tensor_idx]
-            try:
-                parts = recipe_parts(tensor.name, tensor.shape, tensor.dtype, recipe)
-            except RecipeError as e:
-                raise RecipeError(f"{where}: {e.message}", hint=e.hint) from e
-            demand = self.by_key[key] = Demand(tensor_idx, recipe, parts, group)
+            encoding = self.encodings.of(self.tensors[tensor_idx], recipe, where)
+            demand = self.by_key[key] = Demand(tensor_idx, encoding, group)
         return demand
 
     def add_lenders(self) -> None:
         """The tensors of a group that nobody takes lend it their amaxes all the same."""
-        wanted = {(d.recipe, d.group) for d in self.by_key.values() if d.group and any(d.claims)}
+        wanted = {(key[1], key[2]) for key, d in self.by_key.items() if key[2] and any(d.claims)}
         for key in [k for k in self.by_key if k[2] and k[1:] not in wanted]:
             del self.by_key[key]
         for recipe, group in sorted(wanted):
@@ -168,10 +168,10 @@ class _Demands:
 
 
 class _Rank:
-    """One engine rank's copies and scale groups."""
+    """The copies and scale groups of one class of engine ranks, in the words of its first rank."""
 
-    def __init__(self, sink_idx: int, rank: SinkRankManifest, demands: _Demands) -> None:
-        self.sink_idx = sink_idx
+    def __init__(self, number: int, rank: SinkRankManifest, demands: _Demands) -> None:
+        self.number = number
         self.rank = rank
         self.demands = demands
         self.where = f"rank {rank.rank} of replica {rank.replica!r}"
@@ -179,17 +179,55 @@ class _Rank:
 
     def collect(self) -> None:
         here: dict[tuple[str, str], tuple[Demand, int]] = {}
+        storages, number = self.rank.storages, self.number
+        taken: set[tuple[str, str]] = set()
         for copy in self.rank.copies:
             found = here.get((copy.tensor, copy.role))
             if found is None:
                 found = here[(copy.tensor, copy.role)] = self._find_part(copy)
             demand, part_idx = found
-            _check_copy(copy, demand.parts[part_idx], self.rank.storages, self.where)
-            if copy.role == "weight":
-                _check_columns(copy.box, demand, self.where)
-            if copy.box.num_elements:
-                num_dims = len(self.demands.tensors[demand.tensor_idx].shape)
-                demand.claims[part_idx].append((self.sink_idx, box_of_all_dims(copy.box, num_dims)))
+            encoding = demand.encoding
+            key = (copy.box, copy.dst_strides)
+            place = encoding.places[part_idx].get(key)
+            if place is None:
+                place = encoding.places[part_idx][key] = self._place(copy, encoding, part_idx)
+            box_idx, low, high = place
+            part = encoding.parts[part_idx]
+            if not 0 <= copy.storage_idx < len(storages):
+                raise ManifestError(
+                    f"{self.where} copies {copy.tensor + part.name!r} to storage {copy.storage_idx}, but lists "
+                    f"{len(storages)} storages"
+                )
+            storage = storages[copy.storage_idx]
+            if (storage.dtype, part.dtype) not in taken:
+                self._check_dtype(copy, part, storage)
+                taken.add((storage.dtype, part.dtype))
+            if box_idx >= 0:
+                if copy.dst_offset + low < 0 or copy.dst_offset + high >= storage.num_elements:
+                    raise ManifestError(
+                        f"{self.where} copies {copy.tensor + part.name!r} to elements {copy.dst_offset + low} to "
+                        f"{copy.dst_offset + high} of storage {storage.name!r}, which has {storage.num_elements}"
+                    )
+                demand.claims[part_idx].append((number, box_idx))
+
+    def _place(self, copy: CopySpec, encoding: Encoding, part_idx: int) -> _Place:
+        part = encoding.parts[part_idx]
+        low, high = _written(copy, part, self.where)
+        if not copy.box.num_elements:
+            return -1, low, high
+        if copy.role == "weight" and encoding.recipe.group > 1:
+            for col in (copy.box.offset[-1], copy.box.end[-1]):
+                what = f"the box that {self.where} needs"
+                check_column(col * encoding.recipe.packed, copy.tensor, encoding.recipe.name, what)
+        return self.demands.encodings.boxes.number(box_of_all_dims(copy.box, len(encoding.shape))), low, high
+
+    def _check_dtype(self, copy: CopySpec, part: PartSpec, storage: StorageSpec) -> None:
+        if not same_bytes(storage.dtype, part.dtype):
+            raise DtypeMismatchError(
+                f"{self.where} keeps {copy.tensor + part.name!r} as {storage.dtype} (storage {storage.name!r}), the "
+                f"wire carries {part.dtype}",
+                hint="declare a recipe for the tensor that writes the storage's dtype",
+            )
 
     def _target(self, name: str) -> int:
         tensor_idx = self.demands.target_of.get(name)
@@ -205,10 +243,11 @@ class _Rank:
         if recipe is None:
             raise ManifestError(f"{self.where} copies tensor {copy.tensor!r}, but gives no recipe for it")
         demand = self.demands.of((tensor_idx, recipe, self.groups.get(copy.tensor, ())), self.where)
-        for part_idx, part in enumerate(demand.parts):
+        parts = demand.encoding.parts
+        for part_idx, part in enumerate(parts):
             if part.role == copy.role:
                 return demand, part_idx
-        roles = ", ".join(p.role for p in demand.parts)
+        roles = ", ".join(p.role for p in parts)
         raise RecipeError(
             f"{self.where} needs part {copy.role!r} of {copy.tensor!r}, but recipe {recipe!r} writes {roles}"
         )
@@ -257,14 +296,6 @@ class _Rank:
                 )
 
 
-def _check_columns(box: Box, demand: Demand, where: str) -> None:
-    recipe = get_recipe(demand.recipe)
-    if recipe.group == 1 or not box.num_elements:
-        return
-    for col in (box.offset[-1] * recipe.packed, box.end[-1] * recipe.packed):
-        check_column(col, demand.parts[0].name, demand.recipe, f"the box that {where} needs")
-
-
 def check_column(col: int, name: str, recipe: str, what: str) -> None:
     """Refuse an edge inside a group of columns that a recipe encodes together.
 
@@ -280,20 +311,20 @@ def check_column(col: int, name: str, recipe: str, what: str) -> None:
         )
 
 
-def _check_copy(copy: CopySpec, part: PartSpec, storages: tuple[StorageSpec, ...], where: str) -> None:
-    box, shape = copy.box, part.shape
+def _written(copy: CopySpec, part: PartSpec, where: str) -> tuple[int, int]:
+    """The lowest and the highest element that a copy writes, counted from its offset."""
+    box, shape, name = copy.box, part.shape, copy.tensor + part.name
     ndim = len(shape)
     if len(box.shape) != ndim or len(box.offset) != ndim or len(copy.dst_strides) != ndim:
         raise ShapeMismatchError(
-            f"{where} copies box (offset {box.offset}, shape {box.shape}) of {part.name!r} with strides "
+            f"{where} copies box (offset {box.offset}, shape {box.shape}) of {name!r} with strides "
             f"{copy.dst_strides}; the source has shape {shape}"
         )
-    low = high = copy.dst_offset
+    low = high = 0
     for offset, extent, limit, stride in zip(box.offset, box.shape, shape, copy.dst_strides, strict=True):
         if offset < 0 or extent < 0 or offset + extent > limit:
             raise ShapeMismatchError(
-                f"{where} needs box (offset {box.offset}, shape {box.shape}) of {part.name!r}; the source has shape "
-                f"{shape}"
+                f"{where} needs box (offset {box.offset}, shape {box.shape}) of {name!r}; the source has shape {shape}"
             )
         if extent > 1:
             if stride > 0:
@@ -301,19 +332,5 @@ def _check_copy(copy: CopySpec, part: PartSpec, storages: tuple[StorageSpec, ...
             elif stride < 0:
                 low += (extent - 1) * stride
             else:
-                raise ManifestError(f"{where} writes {extent} elements of {part.name!r} to one address (stride 0)")
-    if not 0 <= copy.storage_idx < len(storages):
-        raise ManifestError(
-            f"{where} copies {part.name!r} to storage {copy.storage_idx}, but lists {len(storages)} storages"
-        )
-    storage = storages[copy.storage_idx]
-    if not same_bytes(storage.dtype, part.dtype):
-        raise DtypeMismatchError(
-            f"{where} keeps {part.name!r} as {storage.dtype} (storage {storage.name!r}), the wire carries {part.dtype}",
-            hint="declare a recipe for the tensor that writes the storage's dtype",
-        )
-    if (low < 0 or high >= storage.num_elements) and box.num_elements:
-        raise ManifestError(
-            f"{where} copies {part.name!r} to elements {low} to {high} of storage {storage.name!r}, which has "
-            f"{storage.num_elements}"
-        )
+                raise ManifestError(f"{where} writes {extent} elements of {name!r} to one address (stride 0)")
+    return low, high

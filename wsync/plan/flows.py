@@ -16,7 +16,7 @@ LOCAL = -1
 """The rail of a hop that stays inside a node or NVLink domain."""
 
 
-class Tree(msgspec.Struct, frozen=True, array_like=True):
+class Tree(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A delivery tree, independent of who sends.
 
     Attributes:
@@ -31,7 +31,7 @@ class Tree(msgspec.Struct, frozen=True, array_like=True):
     rails: tuple[int, ...]
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One unit of consecutive members of one class.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     end: int
 
 
-class Flow(msgspec.Struct, frozen=True, array_like=True):
+class Flow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one trainer rank sends along one tree, in one stage, in order.
 
     Attributes:
@@ -58,6 +58,7 @@ class Flow(msgspec.Struct, frozen=True, array_like=True):
         tree_idx: into the plan's trees.
         entries: what travels, in order of packing.
         nbytes: of all its pieces, each rounded up to ALIGNMENT; it needs about ``ceil(nbytes / bucket_bytes)`` buckets.
+        delta_bytes: what is expected to travel where some of it is planned as a delta; -1 where all of it is dense.
     """
 
     first_bucket: int
@@ -66,6 +67,12 @@ class Flow(msgspec.Struct, frozen=True, array_like=True):
     tree_idx: int
     entries: tuple[Entry, ...]
     nbytes: int
+    delta_bytes: int = -1
+
+    @property
+    def wire_bytes(self) -> int:
+        """What is expected to travel."""
+        return self.nbytes if self.delta_bytes < 0 else self.delta_bytes
 
 
 class Lot(NamedTuple):
@@ -73,7 +80,7 @@ class Lot(NamedTuple):
 
     Attributes:
         class_idx, unit_idx: which unit.
-        nbytes: wire bytes of one member's piece, without padding.
+        nbytes: wire bytes of one member's piece that are expected to travel, without padding.
         num_members: how many.
     """
 
@@ -92,7 +99,7 @@ class DemandGroup:
         sinks: engine ranks that need it, ascending.
         stage: 0 for weights, 1 for scales.
         lots: what it consists of, in order of tensor.
-        nbytes: wire bytes of all lots, once.
+        nbytes: wire bytes of all lots that are expected to travel, once.
     """
 
     holders: tuple[int, ...]

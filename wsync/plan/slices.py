@@ -1,21 +1,56 @@
-"""A rank's slice of a plan, small enough to send, and the digest that all slices share."""
+"""A rank's slice of a plan: factored as the plan is while it travels, and expanded on the rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Literal
 
-from wsync.errors import ConfigError
-from wsync.plan.types import AmaxRegion, Bucket, Piece, Plan, SinkSlice, SourceSlice, WirePart
-from wsync.spec.serde import digest_of
+import msgspec
+
+from wsync.errors import ConfigError, WireError
+from wsync.plan.expand import Expansion
+from wsync.plan.flows import Entry, Flow, Tree
+from wsync.plan.names import Names, pack_names, unpack_names
+from wsync.plan.plans import Plan, PlanClass, ScaleGroup, plan_digest
+from wsync.plan.types import SinkSlice, SourceSlice
+from wsync.spec.serde import check_format
 
 
-def plan_digest(plan: Plan) -> str:
-    """Hex digest of the whole plan; equal plans have equal digests on every machine."""
-    return digest_of(plan)
+class CompactSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank has to do, factored by class. `expand_source` and `expand_sink` make buckets and pieces of it.
+
+    Attributes:
+        format_version: of this encoding.
+        plan_digest: of the whole plan; ranks with different digests refuse each other.
+        side: of the rank.
+        index: trainer rank, or index of the engine rank in the plan.
+        bucket_bytes: size of every bucket.
+        tensors: indices of the tensors whose names are needed, ascending.
+        names: of these tensors.
+        classes: those that the rank uses, with the units and the exchanged boxes that it uses.
+        scale_groups: those that the rank's tensors belong to.
+        trees, flows: of the rank.
+        amax_elements: of the exchanged vector.
+        aliases: name of a tied tensor -> name of the tensor under which its bytes travel.
+    """
+
+    format_version: int
+    plan_digest: str
+    side: Literal["source", "sink"]
+    index: int
+    bucket_bytes: int
+    tensors: tuple[int, ...]
+    names: Names
+    classes: tuple[PlanClass, ...]
+    scale_groups: tuple[ScaleGroup, ...]
+    trees: tuple[Tree, ...]
+    flows: tuple[Flow, ...]
+    amax_elements: int
+    aliases: dict[str, str] = {}
 
 
-def source_slice(plan: Plan, rank: int, digest: str | None = None) -> SourceSlice:
-    """What trainer rank ``rank`` does; its part indices count the slice's own parts.
+def compact_source(plan: Plan, rank: int, digest: str | None = None) -> CompactSlice:
+    """What trainer rank ``rank`` does.
 
     Args:
         plan: of all ranks.
@@ -23,17 +58,16 @@ def source_slice(plan: Plan, rank: int, digest: str | None = None) -> SourceSlic
         digest: `plan_digest` of ``plan`` where the caller has it already.
     """
     _check_index("trainer rank", rank, plan.num_sources)
-    digest = digest or plan_digest(plan)
-    parts = _Parts(plan)
-    buckets = tuple(parts.bucket(b) for b in plan.buckets if b.src_rank == rank)
-    regions = tuple(
-        AmaxRegion(parts.index(r.part_idx), r.shard_idx, r.box, r.grid_offset) for r in plan.amax_regions[rank]
-    )
-    return SourceSlice(digest, rank, plan.bucket_bytes, parts.used(), buckets, regions, plan.amax_elements)
+    maker = _Maker(plan)
+    for class_idx, cls in enumerate(plan.classes):
+        if any(r == rank for r, _, _ in cls.amax):
+            maker.use_class(class_idx)
+    flows = [maker.flow(plan.flows[i]) for i in plan.flows_of_source[rank]]
+    return maker.slice(digest or plan_digest(plan), "source", rank, flows, {})
 
 
-def sink_slice(plan: Plan, sink_idx: int, digest: str | None = None) -> SinkSlice:
-    """What sink ``sink_idx`` receives, relays and installs; its part indices count the slice's own parts.
+def compact_sink(plan: Plan, sink_idx: int, digest: str | None = None) -> CompactSlice:
+    """What sink ``sink_idx`` receives, relays and installs.
 
     Args:
         plan: of all ranks.
@@ -41,20 +75,127 @@ def sink_slice(plan: Plan, sink_idx: int, digest: str | None = None) -> SinkSlic
         digest: `plan_digest` of ``plan`` where the caller has it already.
     """
     _check_index("sink", sink_idx, plan.num_sinks)
-    digest = digest or plan_digest(plan)
-    parts = _Parts(plan)
-    buckets = tuple(parts.bucket(b) for b in plan.buckets if sink_idx in b.sinks)
-    return SinkSlice(digest, sink_idx, plan.bucket_bytes, parts.used(), buckets, plan.aliases)
+    maker = _Maker(plan)
+    flows = [maker.flow(plan.flows[i]) for i in plan.flows_of_sink[sink_idx]]
+    return maker.slice(digest or plan_digest(plan), "sink", sink_idx, flows, plan.aliases)
+
+
+class _Maker:
+    """Numbers what one rank uses in order of first use."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._classes: dict[int, int] = {}
+        self._units: dict[int, dict[int, int]] = {}
+        self._trees: dict[int, int] = {}
+
+    def use_class(self, class_idx: int) -> int:
+        return self._classes.setdefault(class_idx, len(self._classes))
+
+    def flow(self, flow: Flow) -> Flow:
+        entries = tuple(
+            Entry(self.use_class(e.class_idx), self._use_unit(e.class_idx, e.unit_idx), e.shard_idx, e.first, e.end)
+            for e in flow.entries
+        )
+        tree_idx = self._trees.setdefault(flow.tree_idx, len(self._trees))
+        return Flow(
+            flow.first_bucket, flow.src_rank, flow.stage, tree_idx, entries, flow.nbytes, flow.delta_bytes
+        )
+
+    def _use_unit(self, class_idx: int, unit_idx: int) -> int:
+        used = self._units.setdefault(class_idx, {})
+        return used.setdefault(unit_idx, len(used))
+
+    def slice(
+        self, digest: str, side: Literal["source", "sink"], index: int, flows: list[Flow], aliases: dict[str, str]
+    ) -> CompactSlice:
+        plan = self._plan
+        groups: dict[int, int] = {}
+        classes = []
+        tensors: set[int] = set()
+        for class_idx in self._classes:
+            cls = plan.classes[class_idx]
+            tensors.update(cls.members)
+            for group_idx in cls.groups:
+                if group_idx not in groups:
+                    groups[group_idx] = len(groups)
+                    tensors.update(plan.scale_groups[group_idx].tensors)
+            units = tuple(cls.units[i] for i in self._units.get(class_idx, ()))
+            amax = tuple(a for a in cls.amax if side == "source" and a[0] == index)
+            numbers = tuple(groups[g] for g in cls.groups)
+            classes.append(msgspec.structs.replace(cls, units=units, groups=numbers, amax=amax))
+        ordered = sorted(tensors)
+        return CompactSlice(
+            format_version=plan.format_version,
+            plan_digest=digest,
+            side=side,
+            index=index,
+            bucket_bytes=plan.bucket_bytes,
+            tensors=tuple(ordered),
+            names=pack_names([plan.names[i] for i in ordered]),
+            classes=tuple(classes),
+            scale_groups=tuple(plan.scale_groups[i] for i in groups),
+            trees=tuple(plan.trees[i] for i in self._trees),
+            flows=tuple(flows),
+            amax_elements=plan.amax_elements,
+            aliases=aliases,
+        )
+
+
+def expand_source(compact: CompactSlice) -> SourceSlice:
+    """The buckets, pieces and exchanged boxes of a trainer rank.
+
+    Raises:
+        FormatVersionError: a slice of another version of wsync.
+        WireError: a slice for the other side.
+    """
+    expansion = _expansion(compact, "source")
+    buckets = expansion.buckets(compact.flows, compact.trees)
+    regions = expansion.regions(compact.index)
+    parts = tuple(expansion.parts)
+    digest, size = compact.plan_digest, compact.bucket_bytes
+    return SourceSlice(digest, compact.index, size, parts, buckets, regions, compact.amax_elements)
+
+
+def expand_sink(compact: CompactSlice) -> SinkSlice:
+    """The buckets and pieces of an engine rank.
+
+    Raises:
+        FormatVersionError: a slice of another version of wsync.
+        WireError: a slice for the other side.
+    """
+    expansion = _expansion(compact, "sink")
+    buckets = expansion.buckets(compact.flows, compact.trees)
+    parts = tuple(expansion.parts)
+    return SinkSlice(compact.plan_digest, compact.index, compact.bucket_bytes, parts, buckets, compact.aliases)
+
+
+def _expansion(compact: CompactSlice, side: str) -> Expansion:
+    check_format(compact.format_version, "the slice")
+    if compact.side != side:
+        raise WireError(f"a slice for a {side} was expected, one for a {compact.side} came")
+    names = dict(zip(compact.tensors, unpack_names(compact.names), strict=True))
+    return Expansion(compact.classes, compact.scale_groups, names, compact.bucket_bytes)
+
+
+def source_slice(plan: Plan, rank: int, digest: str | None = None) -> SourceSlice:
+    """What trainer rank ``rank`` does, expanded. See `compact_source`."""
+    return expand_source(compact_source(plan, rank, digest))
+
+
+def sink_slice(plan: Plan, sink_idx: int, digest: str | None = None) -> SinkSlice:
+    """What sink ``sink_idx`` receives, relays and installs, expanded. See `compact_sink`."""
+    return expand_sink(compact_sink(plan, sink_idx, digest))
 
 
 def source_slices(plan: Plan) -> list[SourceSlice]:
-    """The slices of all trainer ranks."""
+    """The expanded slices of all trainer ranks."""
     digest = plan_digest(plan)
     return [source_slice(plan, rank, digest) for rank in range(plan.num_sources)]
 
 
 def sink_slices(plan: Plan) -> list[SinkSlice]:
-    """The slices of all sinks."""
+    """The expanded slices of all sinks."""
     digest = plan_digest(plan)
     return [sink_slice(plan, sink_idx, digest) for sink_idx in range(plan.num_sinks)]
 
@@ -62,32 +203,3 @@ def sink_slices(plan: Plan) -> list[SinkSlice]:
 def _check_index(what: str, index: int, count: int) -> None:
     if not 0 <= index < count:
         raise ConfigError(f"{what} {index} is not in a plan of {count}")
-
-
-class _Parts:
-    """Numbers parts in order of first use."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._index: dict[int, int] = {}
-
-    def index(self, part_idx: int) -> int:
-        return self._index.setdefault(part_idx, len(self._index))
-
-    def bucket(self, bucket: Bucket) -> Bucket:
-        return Bucket(
-            bucket.bucket_idx,
-            bucket.src_rank,
-            bucket.stage,
-            bucket.used_bytes,
-            self._pieces(bucket.pieces),
-            bucket.sinks,
-            bucket.hops,
-        )
-
-    def _pieces(self, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-        index = self.index
-        return tuple(Piece(index(p.part_idx), p.shard_idx, p.box, p.mode, p.offset, p.nbytes) for p in pieces)
-
-    def used(self) -> tuple[WirePart, ...]:
-        return tuple(self._plan.parts[i] for i in self._index)

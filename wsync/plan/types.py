@@ -1,4 +1,4 @@
-"""What a plan is made of: values only, no addresses."""
+"""What plans and slices are made of: values only, no addresses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class Bucket(msgspec.Struct, frozen=True, array_like=True):
     """A fixed-size piece of staging memory that travels as one message.
 
     Attributes:
-        bucket_idx: in the plan; the logical wire offset of its first byte is ``bucket_idx * bucket_bytes``.
+        bucket_idx: in the plan, where numbers have gaps; the logical wire offset of its first byte is
+            ``bucket_idx * bucket_bytes``.
         src_rank: the trainer rank that packs it.
         stage: 0 for weights, 1 for scales, which are packed after all weights of the rank.
         used_bytes: up to the end of the last piece, rounded up to ALIGNMENT; bytes between pieces are zero.
@@ -139,7 +140,7 @@ class SinkSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sink_idx: index of this rank in the plan.
         bucket_bytes: size of every bucket.
         parts: those of the plan that this rank uses; indices of the slice count these.
-        buckets: those that this rank needs, in order of bucket_idx.
+        buckets: those that this rank needs, in the order in which their senders pack them.
         aliases: name of a tied tensor -> name of the tensor under which its bytes travel.
     """
 
@@ -156,17 +157,7 @@ class SinkSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return len(self.buckets) * self.bucket_bytes
 
 
-class PlanOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to plan.
-
-    Attributes:
-        bucket_bytes: size of a bucket, a multiple of ALIGNMENT.
-    """
-
-    bucket_bytes: int = 4 << 20
-
-
-class Bound(msgspec.Struct, frozen=True, array_like=True):
+class Bound(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One cut of the cluster: no plan is faster.
 
     Attributes:
@@ -178,50 +169,23 @@ class Bound(msgspec.Struct, frozen=True, array_like=True):
     seconds: float
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A global plan: what every rank packs, sends, relays and installs, and how good that is.
+class PlanOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to plan.
 
     Attributes:
-        format_version: of this encoding.
-        num_sources, num_sinks: ranks on each side.
-        bucket_bytes: size of every bucket.
-        parts: what travels.
-        buckets: all of them.
-        amax_regions: for each trainer rank.
-        amax_elements: of the exchanged vector.
-        bounds: every cut that was looked at, the slowest first.
-        time_s: predicted seconds of this plan's transfers on the busiest link.
-        aliases: name of a tied tensor -> name of the tensor under which its bytes travel.
+        bucket_bytes: size of a bucket, a multiple of ALIGNMENT; None for the best of the cluster's rates, or
+            `DEFAULT_BUCKET_BYTES` where no cluster is given.
+        density: share of the 16-bit (or 8-bit) elements that change from one version to the next, from 0 to 1; or one
+            for each prefix of a tensor's name, of which the longest counts. None: everything travels whole.
+        relay: whether engine ranks may pass on what they receive to other nodes.
     """
 
-    format_version: int
-    num_sources: int
-    num_sinks: int
-    bucket_bytes: int
-    parts: tuple[WirePart, ...]
-    buckets: tuple[Bucket, ...]
-    amax_regions: tuple[tuple[AmaxRegion, ...], ...]
-    amax_elements: int
-    bounds: tuple[Bound, ...]
-    time_s: float
-    aliases: dict[str, str] = {}
+    bucket_bytes: int | None = None
+    density: float | dict[str, float] | None = None
+    relay: bool = True
 
-    @property
-    def lower_bound_s(self) -> float:
-        """Seconds that no plan can beat on this cluster."""
-        return self.bounds[0].seconds if self.bounds else 0.0
 
-    @property
-    def binding_cut(self) -> str:
-        """Name of the cut that gives the lower bound."""
-        return self.bounds[0].name if self.bounds else ""
-
-    @property
-    def score(self) -> float:
-        """Predicted time over lower bound; 1.0 proves the plan optimal."""
-        return self.time_s / self.lower_bound_s if self.lower_bound_s > 0 else 1.0
-
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes that leave the trainer ranks' packing, without padding."""
-        return sum(p.nbytes for b in self.buckets for p in b.pieces)
+DEFAULT_BUCKET_BYTES = 4 << 20
+MAX_BUCKET_BYTES = 1 << 40
+MAX_BUCKETS = 1 << 30
+"""Numbers of buckets stay below: they are message tags."""

@@ -1,0 +1,43 @@
+"""The size of a bucket: large enough that the cost of a message is small, small enough that a pipeline fills early."""
+
+from __future__ import annotations
+
+import math
+
+from wsync.plan.demand import Demand
+from wsync.plan.rank_classes import Sinks
+from wsync.plan.types import DEFAULT_BUCKET_BYTES
+from wsync.spec.box import Box
+from wsync.spec.cluster import Cluster
+from wsync.spec.dtypes import itemsize
+
+_MIN_BYTES = 256 << 10
+_MAX_BYTES = 32 << 20
+
+
+def choose_bucket_bytes(demands: list[Demand], boxes: list[Box], sinks: Sinks, cluster: Cluster | None) -> int:
+    """The best size for a chain through the engine nodes, as a power of two; the default without a cluster.
+
+    S bytes that go through h hops in m buckets take ``(m + h - 1) (alpha + S / (m B))`` seconds, least for
+    ``m = sqrt((h - 1) S / (alpha B))``.
+
+    Args:
+        demands: of all tensors.
+        boxes: by number.
+        sinks: of the plan.
+        cluster: the machines.
+    """
+    if cluster is None or cluster.alpha_s <= 0.0:
+        return DEFAULT_BUCKET_BYTES
+    needed: dict[int, int] = {}
+    for demand in demands:
+        for part, claims in zip(demand.encoding.parts, demand.claims, strict=True):
+            for number, box_idx in claims:
+                nbytes = boxes[box_idx].num_elements * itemsize(part.dtype)
+                needed[number] = needed.get(number, 0) + nbytes
+    hosts = {rank.info.host for rank in sinks.manifest.ranks}
+    rate_gbps = min((nic.rate_gbps for g in cluster.groups for nic in g.nics), default=0.0)
+    if not needed or len(hosts) < 2 or rate_gbps <= 0.0:
+        return DEFAULT_BUCKET_BYTES
+    size = math.sqrt(max(needed.values()) * cluster.alpha_s * rate_gbps * 1e9 / (len(hosts) - 1))
+    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), _MAX_BYTES)

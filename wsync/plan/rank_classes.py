@@ -1,0 +1,86 @@
+"""Classes of engine ranks: those that take the same, into the same places. What holds for one holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from wsync.plan.geometry import bits
+from wsync.spec.manifest import SinkManifest, SinkRankManifest
+
+
+class RankClasses:
+    """Numbers classes of engine ranks. A class keeps its number in every later plan, whoever belongs to it then.
+
+    Ranks of one class have equal copies, recipes, storages and scale groups. The data-parallel replicas of an engine
+    share these as objects, so identity is looked at first; manifests that came over a wire are compared by value.
+    """
+
+    def __init__(self) -> None:
+        self.firsts: list[SinkRankManifest] = []
+        self._by_id: dict[tuple[int, ...], int] = {}
+        self._by_size: dict[tuple[int, ...], list[int]] = {}
+        self._kept: list[SinkRankManifest] = []  # an id means something only as long as its object lives
+
+    def number(self, rank: SinkRankManifest) -> int:
+        """The class of a rank."""
+        key = tuple(id(x) for x in _contents(rank))
+        found = self._by_id.get(key)
+        if found is None:
+            found = self._by_id[key] = self._find(rank)
+            self._kept.append(rank)
+        return found
+
+    def _find(self, rank: SinkRankManifest) -> int:
+        contents = _contents(rank)
+        alike = self._by_size.setdefault(tuple(len(x) for x in contents), [])
+        for number in alike:
+            if _contents(self.firsts[number]) == contents:
+                return number
+        alike.append(len(self.firsts))
+        self.firsts.append(rank)
+        return alike[-1]
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+
+def _contents(rank: SinkRankManifest) -> tuple[tuple[object, ...] | dict[str, str], ...]:
+    return rank.copies, rank.recipes, rank.storages, rank.scale_groups
+
+
+class Sinks:
+    """The engine ranks of one plan by their classes.
+
+    Attributes:
+        manifest: of all ranks.
+        by_class: class number -> sink indices, ascending.
+        mask: of the classes that are there.
+    """
+
+    def __init__(self, manifest: SinkManifest, classes: RankClasses) -> None:
+        self.manifest = manifest
+        self.by_class: dict[int, list[int]] = {}
+        for sink_idx, rank in enumerate(manifest.ranks):
+            self.by_class.setdefault(classes.number(rank), []).append(sink_idx)
+        self.mask = mask_of(self.by_class)
+        self._of_mask: dict[int, tuple[int, ...]] = {}
+
+    def of(self, mask: int) -> tuple[int, ...]:
+        """The sinks whose classes are in ``mask``, ascending."""
+        found = self._of_mask.get(mask)
+        if found is None:
+            found = tuple(sorted(s for number in bits(mask & self.mask) for s in self.by_class[number]))
+            self._of_mask[mask] = found
+        return found
+
+    def first(self, mask: int) -> int:
+        """The first sink whose class is in ``mask``."""
+        return self.of(mask)[0]
+
+
+def mask_of(numbers: Iterable[int]) -> int:
+    """The mask with these bits set."""
+    mask = 0
+    for number in numbers:
+        mask |= 1 << number
+    return mask

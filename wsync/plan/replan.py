@@ -1,0 +1,171 @@
+"""The planner: keeps what does not depend on who is there, so that a change of membership is planned at little cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wsync.errors import ConfigError, ManifestError
+from wsync.plan.assemble import Parcels, make_flows
+from wsync.plan.bounds import find_bounds, plan_seconds
+from wsync.plan.bucket_size import choose_bucket_bytes
+from wsync.plan.classes import Classes, TensorClass, plan_classes
+from wsync.plan.delta_size import Densities
+from wsync.plan.demand import Boxes, Demand, Encodings, collect_demands
+from wsync.plan.flows import DemandGroup, Flow, Routing, Tree
+from wsync.plan.groups import OpenGroups, find_groups
+from wsync.plan.holdings import Holdings, check_source
+from wsync.plan.nodes import Nodes, find_nodes
+from wsync.plan.plans import Plan, PlanClass, ScaleGroup
+from wsync.plan.rank_classes import RankClasses, Sinks
+from wsync.plan.routing import route
+from wsync.plan.types import ALIGNMENT, MAX_BUCKET_BYTES, PlanOptions
+from wsync.spec.cluster import Cluster, check_cluster
+from wsync.spec.manifest import SinkManifest, SourceManifest
+from wsync.spec.serde import FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is known for one set of classes of engine ranks, however many ranks each of them has.
+
+    Attributes:
+        mask: of the classes.
+        bucket_bytes: size of every bucket.
+        classes, plan_classes: of tensors.
+        scale_groups, amax_elements: of the exchanged vector.
+        groups: of demand.
+    """
+
+    mask: int
+    bucket_bytes: int
+    classes: list[TensorClass]
+    plan_classes: tuple[PlanClass, ...]
+    scale_groups: tuple[ScaleGroup, ...]
+    amax_elements: int
+    groups: OpenGroups
+
+
+class Planner:
+    """Plans for one source, again and again as engine replicas come and go.
+
+    Args:
+        source: what the trainer ranks hold.
+        cluster: the machines; None for `default_cluster` of the hosts that the ranks name.
+        options: None for the defaults.
+
+    Raises:
+        ManifestError: the source contradicts itself, or one of the leaves that `make_plan` names.
+        ConfigError: the options or the cluster cannot be.
+    """
+
+    def __init__(
+        self, source: SourceManifest, cluster: Cluster | None = None, options: PlanOptions | None = None
+    ) -> None:
+        self._options = options or PlanOptions()
+        _check_options(self._options)
+        if cluster is not None:
+            check_cluster(cluster)
+        self._cluster = cluster
+        self._holdings: Holdings = check_source(source)
+        self._names = tuple(t.name for t in source.tensors)
+        self._densities = Densities(self._options.density)
+        self._ranks = RankClasses()
+        self._encodings = Encodings(Boxes())
+        self._classes: Classes | None = None
+        self._model: _Model | None = None
+
+    def plan(self, sink: SinkManifest) -> Plan:
+        """Plan for these engine ranks. Raises as `make_plan`; what was planned before stays as it is."""
+        if not sink.ranks:
+            raise ManifestError("a plan needs at least 1 engine rank, got 0")
+        sinks = Sinks(sink, self._ranks)
+        model = self._model_for(sinks)
+        nodes = find_nodes(self._holdings.source, sink, self._cluster)
+        groups = [g.with_sinks(sinks) for g in model.groups.free]
+        routing = route(groups, nodes, model.bucket_bytes, self._options)
+        parcels = Parcels(model.classes)
+        parcels.share_out(groups, routing, model.groups)
+        rest = parcels.follow(model.groups, sinks)
+        trees = list(routing.trees)
+        if rest:
+            more = route([group for group, _ in rest], nodes, model.bucket_bytes, self._options)
+            parcels.share_out_rest(rest, more, len(trees))
+            trees += more.trees
+        flows = make_flows(parcels.found, model.classes, model.bucket_bytes)
+        return self._finished(model, sinks, nodes, groups, trees, flows)
+
+    def _finished(
+        self,
+        model: _Model,
+        sinks: Sinks,
+        nodes: Nodes,
+        groups: list[DemandGroup],
+        trees: list[Tree],
+        flows: tuple[Flow, ...],
+    ) -> Plan:
+        following = _following_groups(model, sinks)
+        everything = [*groups, *following]
+        return Plan(
+            format_version=FORMAT_VERSION,
+            num_sources=len(self._holdings.source.ranks),
+            num_sinks=len(sinks.manifest.ranks),
+            bucket_bytes=model.bucket_bytes,
+            names=self._names,
+            classes=model.plan_classes,
+            scale_groups=model.scale_groups,
+            trees=tuple(trees),
+            flows=flows,
+            amax_elements=model.amax_elements,
+            needed_bytes=_needed_bytes(model, sinks),
+            bounds=find_bounds(everything, nodes, sinks.manifest),
+            time_s=plan_seconds(trees, flows, nodes, model.bucket_bytes),
+            aliases=self._holdings.aliases,
+        )
+
+    def _model_for(self, sinks: Sinks) -> _Model:
+        if self._model is None or self._model.mask != sinks.mask:
+            self._model = self._new_model(sinks)
+        return self._model
+
+    def _new_model(self, sinks: Sinks) -> _Model:
+        ranks = [(number, self._ranks.firsts[number]) for number in sorted(sinks.by_class)]
+        demands = collect_demands(self._holdings, ranks, self._encodings)
+        if self._classes is None:
+            size = self._bucket_bytes(demands, sinks)
+            self._classes = Classes(self._holdings, self._encodings, self._densities, size)
+        classes = self._classes.find(demands, sinks.first)
+        made, scale_groups, elements = plan_classes(classes, self._holdings.target_of)
+        size = self._classes.bucket_bytes
+        return _Model(sinks.mask, size, classes, made, scale_groups, elements, find_groups(classes))
+
+    def _bucket_bytes(self, demands: list[Demand], sinks: Sinks) -> int:
+        return self._options.bucket_bytes or choose_bucket_bytes(
+            demands, self._encodings.boxes.values, sinks, self._cluster
+        )
+
+
+def _following_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
+    """Scales that follow weights, as the bounds count them: any holder may send them."""
+    by_key: dict[tuple[tuple[int, ...], int], int] = {}
+    for class_idx, unit_idx in model.groups.following:
+        cls = model.classes[class_idx]
+        unit = cls.blocks.units[unit_idx]
+        key = (tuple(rank for rank, _ in unit.holders), unit.needers)
+        by_key[key] = by_key.get(key, 0) + cls.wire_bytes(unit.nbytes, unit.part) * len(cls.members)
+    return [DemandGroup(ranks, sinks.of(needers), 1, (), n) for (ranks, needers), n in by_key.items()]
+
+
+def _needed_bytes(model: _Model, sinks: Sinks) -> int:
+    return sum(
+        unit.nbytes * len(cls.members) * len(sinks.of(unit.needers))
+        for cls in model.classes
+        for unit in cls.blocks.units
+    )
+
+
+def _check_options(options: PlanOptions) -> None:
+    size = options.bucket_bytes
+    if size is not None and (size % ALIGNMENT or not 0 < size <= MAX_BUCKET_BYTES):
+        raise ConfigError(
+            f"bucket_bytes is {size}, allowed are multiples of {ALIGNMENT} from {ALIGNMENT} to {MAX_BUCKET_BYTES}"
+        )
