@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsync.adapters.trainers.intervals import Split, chunk_bounds, local_intervals, split_order
+from wsync.describe.intervals import Split, chunk_bounds, local_intervals, split_order
 
 VECTORS = Path(__file__).parents[2].parent / "shared" / "vectors"
 

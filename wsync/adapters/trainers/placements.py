@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wsync.adapters.trainers.intervals import Interval, Split, local_intervals
+from wsync.describe.intervals import Interval, Split, local_intervals
 from wsync.errors import ConfigError, ManifestError
 from wsync.plan.program import ShardMemory
 from wsync.spec.box import Box

@@ -1,0 +1,95 @@
+"""A trainer's manifest from a model and a layout string."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from msgspec import structs
+
+from wsync.describe.layout import Degrees
+from wsync.describe.models.shape import ModelShape
+from wsync.describe.parts import part_of
+from wsync.describe.trainers import fsdp, megatron, zero3
+from wsync.describe.trainers.fsdp import Fsdp
+from wsync.describe.trainers.megatron import Megatron
+from wsync.describe.trainers.scheme import Keys, Scheme, Shards
+from wsync.describe.trainers.zero3 import Zero3
+from wsync.errors import ConfigError, MissingTensorError
+from wsync.spec.dtypes import itemsize
+from wsync.spec.manifest import PARAMETER, RankInfo, SourceManifest, TensorSpec
+
+TRAINERS: dict[str, Keys] = {"FSDP2": fsdp.KEYS, "Megatron-Core": megatron.KEYS, "ZeRO-3": zero3.KEYS}
+"""Name of a layout's family -> its keys."""
+
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+def describe_source(model: ModelShape, layout: str, hosts: Sequence[str], dtype: str = "bfloat16") -> SourceManifest:
+    """What every rank of a trainer holds.
+
+    Tensors that are laid out alike share one tuple of shards, the same object.
+
+    Args:
+        model: from `load_model`.
+        layout: ``fsdp=32,tp=8`` (FSDP2, with ``fsdp`` or ``replicate``), ``tp=8,pp=4,ep=8`` (Megatron-Core), or
+            ``zero3=64``; `TRAINERS` has all keys.
+        hosts: the host of each rank.
+        dtype: of the parameters that ranks hold; ``float32`` for masters.
+
+    Raises:
+        ConfigError: a layout that is malformed, or does not divide the world or the model.
+        ManifestError: a tensor that the layout does not say how to cut.
+        MissingTensorError: an element of a tensor that no rank would hold.
+    """
+    itemsize(dtype)
+    if dtype not in _FLOATS:
+        raise ConfigError(f"a trainer's parameters are {', '.join(_FLOATS)}, got {dtype!r}")
+    scheme = _scheme(model, layout, len(hosts))
+    tensors = tuple(_in_dtype(t, dtype) for t in model.tensors)
+    found: dict[Hashable, Shards] = {}
+    equal: dict[Shards, Shards] = {}
+    nothing: Shards = ((),) * len(hosts)
+    shards: list[Shards] = []
+    for tensor in tensors:
+        if tensor.alias_of is not None:
+            shards.append(nothing)
+            continue
+        part = part_of(tensor.name)
+        key = scheme.key(tensor, part)
+        if key not in found:
+            held = scheme.shards(tensor, part)
+            found[key] = equal.setdefault(held, held)
+            _check_cover(tensor, held, layout)
+        shards.append(found[key])
+    ranks = tuple(RankInfo(host, rank) for rank, host in enumerate(hosts))
+    return SourceManifest(ranks, tensors, tuple(shards))
+
+
+def _scheme(model: ModelShape, layout: str, world: int) -> Scheme:
+    if not world:
+        raise ConfigError("a trainer needs at least 1 rank, got 0 hosts")
+    named = {pair.partition("=")[0].strip() for pair in layout.split(",")}
+    if "zero3" in named:
+        return Zero3(model, Degrees(layout, zero3.KEYS), world)
+    if named & {"fsdp", "replicate"}:
+        return Fsdp(model, Degrees(layout, fsdp.KEYS), world)
+    return Megatron(model, Degrees(layout, {**megatron.KEYS}), world)
+
+
+def _in_dtype(tensor: TensorSpec, dtype: str) -> TensorSpec:
+    if tensor.dtype == dtype or tensor.kind != PARAMETER or tensor.dtype != "bfloat16":
+        return tensor
+    return structs.replace(tensor, dtype=dtype)
+
+
+def _check_cover(tensor: TensorSpec, shards: Shards, layout: str) -> None:
+    """Every element is held by someone: distinct boxes are disjoint or equal, so that counting them is enough."""
+    boxes = {box for held in shards for box in held}
+    covered = sum(box.num_elements for box in boxes)
+    total = 1
+    for extent in tensor.shape:
+        total *= extent
+    if covered != total:
+        raise MissingTensorError(
+            f"layout {layout!r} puts {covered} of the {total} elements of {tensor.name!r} on ranks"
+        )
