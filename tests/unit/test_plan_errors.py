@@ -13,7 +13,7 @@ from wsync.errors import (
     ShapeMismatchError,
     UnknownTensorError,
 )
-from wsync.plan import PlanOptions, make_plan, sink_slice, source_slice
+from wsync.plan import PlanOptions, expand_plan, make_plan, sink_slice, source_slice
 from wsync.spec import (
     Box,
     CopySpec,
@@ -168,8 +168,9 @@ def test_scale_groups_that_cannot_be_are_named():
         assert SINK in str(e.value)
     assert plan("fp8_tensor", ("b", "stack")).amax_elements == 1
     together = plan("fp8_tensor", ("a", "b"))
-    assert (together.amax_elements, next(p.group for p in together.parts)) == (1, ("a", "b"))
-    assert {together.parts[r.part_idx].name for r in together.amax_regions[0]} == {"a", "b"}
+    whole = expand_plan(together)
+    assert (together.amax_elements, next(p.group for p in whole.parts)) == (1, ("a", "b"))
+    assert {whole.parts[r.part_idx].name for r in whole.amax_regions[0]} == {"a", "b"}
 
 
 def test_an_empty_member_of_a_scale_group_takes_no_place_in_the_exchange():
@@ -179,7 +180,8 @@ def test_an_empty_member_of_a_scale_group_takes_no_place_in_the_exchange():
     recipes = dict.fromkeys("abc", "fp8_tensor")
     rank = SinkRankManifest("e", 0, 1, RankInfo("h"), recipes, storages, copies, scale_groups=(("a", "c"),))
     plan = make_plan(source(*tensors), SinkManifest((rank,)))
-    offsets = {plan.parts[r.part_idx].name: r.grid_offset for r in plan.amax_regions[0]}
+    whole = expand_plan(plan)
+    offsets = {whole.parts[r.part_idx].name: r.grid_offset for r in whole.amax_regions[0]}
     assert (offsets, plan.amax_elements) == ({"b": 0, "c": 1}, 2)
 
 
@@ -197,7 +199,8 @@ def test_sinks_that_group_differently_get_encodings_of_their_own():
     one = quantised("a", (8, 32), "nvfp4", groups=(("a", "b"),)).ranks
     two = msgspec.structs.replace(quantised("a", (8, 32), "nvfp4").ranks[0], replica="engine-8")
     plan = make_plan(source(*tensors), SinkManifest((*one, two, *one)))
-    taken = {(plan.parts[p.part_idx].group, b.sinks) for b in plan.buckets for p in b.pieces}
+    whole = expand_plan(plan)
+    taken = {(whole.parts[p.part_idx].group, b.sinks) for b in whole.buckets for p in b.pieces}
     assert taken == {(("a", "b"), (0, 2)), ((), (1,))}
     assert plan.amax_elements == 2
 
@@ -247,9 +250,9 @@ def test_a_tensor_of_as_many_dimensions_as_are_allowed_is_planned():
 
 def test_fp8_may_be_kept_in_memory_of_bytes_and_bytes_in_memory_of_fp8():
     fp8 = {"recipe": "fp8_block128", "size": 48}
-    assert make_plan(source(), sink(**fp8, dtype="uint8")).parts[0].dtype == "float8_e4m3fn"
+    assert expand_plan(make_plan(source(), sink(**fp8, dtype="uint8"))).parts[0].dtype == "float8_e4m3fn"
     raw = source(TensorSpec("w", (8, 6), "uint8"))
-    assert make_plan(raw, sink(recipe="raw", dtype="float8_e4m3fn")).parts[0].dtype == "uint8"
+    assert expand_plan(make_plan(raw, sink(recipe="raw", dtype="float8_e4m3fn"))).parts[0].dtype == "uint8"
     for other in ("int8", "bool", "float8_e5m2"):
         with pytest.raises(DtypeMismatchError, match=f"keeps 'w' as {other} .*the wire carries float8_e4m3fn"):
             make_plan(source(), sink(**fp8, dtype=other))

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 import wsync.plan.blocks
-from wsync.plan import PlanOptions, make_plan, plan_digest, sink_slices, source_slices
+from wsync.plan import PlanOptions, expand_plan, make_plan, plan_digest, sink_slices, source_slices
 from wsync.plan.types import MODE_FUSED, MODE_SCALED, SOURCE
 from wsync.spec import Cluster, Link, Nic, NodeGroup, RankInfo, TensorSpec
 from wsync.testing.generators import dense_tensors, fsdp_source, moe_tensors, qwen3_0p6b_tensors, tp_sink
@@ -17,7 +17,7 @@ SMALL = PlanOptions(65536)
 
 def sent_bytes(plan):
     sent = Counter()
-    for bucket in plan.buckets:
+    for bucket in expand_plan(plan).buckets:
         sent[bucket.src_rank] += sum(p.nbytes for p in bucket.pieces)
     return sent
 
@@ -42,14 +42,15 @@ def test_a_faster_node_sends_more():
 
 def test_a_node_that_holds_the_bytes_serves_itself():
     plan = make_plan(fsdp_source(TINY, ["a", "b"], replicas=2), tp_sink(TINY, [["a"], ["b"]]), None, SMALL)
-    assert all(b.sinks == (b.src_rank,) for b in plan.buckets)
+    assert all(b.sinks == (b.src_rank,) for b in expand_plan(plan).buckets)
 
 
 def test_bytes_enter_a_node_through_one_sink_and_heads_take_turns():
     tensors = (TensorSpec("w", (4096, 64), "bfloat16"),)
     plan = make_plan(fsdp_source(tensors, ["t"]), tp_sink(tensors, [["e"] * 4]), None, PlanOptions(8192))
+    whole = expand_plan(plan)
     heads = Counter()
-    for bucket in plan.buckets:
+    for bucket in whole.buckets:
         from_source = [dst for src, dst in bucket.hops if src == SOURCE]
         assert len(from_source) == 1
         assert bucket.hops == (
@@ -57,21 +58,23 @@ def test_bytes_enter_a_node_through_one_sink_and_heads_take_turns():
             *((from_source[0], s) for s in range(4) if s != from_source[0]),
         )
         heads[from_source[0]] += 1
-    assert len(plan.buckets) == 64
+    assert len(whole.buckets) == 64
     assert heads == {0: 16, 1: 16, 2: 16, 3: 16}
 
 
 def test_all_sinks_of_a_sender_start_early():
     plan = make_plan(fsdp_source(TINY, ["h"]), tp_sink(TINY, [["h"] * 4]), None, PlanOptions(16384))
-    groups = {b.sinks for b in plan.buckets}
-    first = {b.sinks for b in plan.buckets[: len(groups)]}
+    whole = expand_plan(plan)
+    groups = {b.sinks for b in whole.buckets}
+    first = {b.sinks for b in whole.buckets[: len(groups)]}
     assert len(groups) == 5
     assert first == groups
 
 
 def test_numbers_go_round_the_senders():
     plan = make_plan(fsdp_source(TINY, ["h"] * 2), tp_sink(TINY, [["h"]]), None, SMALL)
-    assert [b.src_rank for b in plan.buckets[:6]] == [0, 1, 0, 1, 0, 1]
+    whole = expand_plan(plan)
+    assert [b.src_rank for b in whole.buckets[:6]] == [0, 1, 0, 1, 0, 1]
 
 
 def test_tied_weights_are_sent_once():
@@ -87,23 +90,25 @@ def test_tied_weights_are_sent_once():
         copies=(*rank.copies, again),
     )
     two = make_plan(source, msgspec.structs.replace(sink, ranks=(both,)), None, SMALL)
-    assert two.buckets == make_plan(source, sink, None, SMALL).buckets
+    assert two.flows == make_plan(source, sink, None, SMALL).flows
     assert two.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_wire_bytes_are_those_of_the_model_where_nothing_is_replicated():
     tensors = qwen3_0p6b_tensors()
     plan = make_plan(fsdp_source(tensors, ["h"] * 2), tp_sink(tensors, [["h"] * 2]))
+    whole = expand_plan(plan)
     assert plan.wire_bytes == 596_049_920 * 2
-    assert sum(b.used_bytes for b in plan.buckets) < 1.001 * plan.wire_bytes
+    assert sum(b.used_bytes for b in whole.buckets) < 1.001 * plan.wire_bytes
 
 
 def test_aligned_shards_need_no_exchange_and_fuse_everything():
     tensors = qwen3_0p6b_tensors()
     plan = make_plan(fsdp_source(tensors, ["h"] * 2), tp_sink(tensors, [["h"] * 2], "fp8_block128"))
+    whole = expand_plan(plan)
     assert plan.amax_elements == 0
-    assert not any(plan.amax_regions)
-    modes = Counter(p.mode for b in plan.buckets for p in b.pieces if "_proj" in plan.parts[p.part_idx].name)
+    assert not any(whole.amax_regions)
+    modes = Counter(p.mode for b in whole.buckets for p in b.pieces if "_proj" in whole.parts[p.part_idx].name)
     assert modes[MODE_FUSED] > 0
     assert modes[MODE_SCALED] == 0
 
@@ -111,15 +116,17 @@ def test_aligned_shards_need_no_exchange_and_fuse_everything():
 def test_thin_shards_exchange_every_block():
     tensors = (TensorSpec("q_proj", (256, 256), "bfloat16"),)
     plan = make_plan(fsdp_source(tensors, ["h"] * 32), tp_sink(tensors, [["h"]], "fp8_block128"), None, SMALL)
+    whole = expand_plan(plan)
     assert plan.amax_elements == 4
-    assert [len(r) for r in plan.amax_regions] == [1] * 32
-    assert {p.mode for b in plan.buckets if b.stage == 0 for p in b.pieces} == {MODE_SCALED}
+    assert [len(r) for r in whole.amax_regions] == [1] * 32
+    assert {p.mode for b in whole.buckets if b.stage == 0 for p in b.pieces} == {MODE_SCALED}
 
 
 def test_only_the_block_at_the_edge_is_exchanged():
     tensors = (TensorSpec("q_proj", (1000, 128), "bfloat16"),)
     plan = make_plan(fsdp_source(tensors, ["h"] * 2), tp_sink(tensors, [["h"]], "fp8_block128"), None, SMALL)
-    assert [r.box.shape for rank in plan.amax_regions for r in rank] == [(116, 128), (12, 128)]
+    whole = expand_plan(plan)
+    assert [r.box.shape for rank in whole.amax_regions for r in rank] == [(116, 128), (12, 128)]
     assert plan.amax_elements == 8
 
 
@@ -208,22 +215,24 @@ def test_bytes_on_one_host_cost_its_memory():
 def test_slices_cover_the_plan_and_carry_only_their_own_parts():
     source = fsdp_source(TINY, ["h"] * 4, replicas=2)
     plan = make_plan(source, tp_sink(TINY, [["h"] * 2], "fp8_block128"), None, SMALL)
+    whole = expand_plan(plan)
     digest = plan_digest(plan)
     sources, sinks = source_slices(plan), sink_slices(plan)
     assert {s.plan_digest for s in (*sources, *sinks)} == {digest}
-    assert sorted(b.bucket_idx for s in sources for b in s.buckets) == [b.bucket_idx for b in plan.buckets]
+    by_idx = {b.bucket_idx: b for b in whole.buckets}
+    assert sorted(b.bucket_idx for s in sources for b in s.buckets) == sorted(by_idx)
     for slice_ in (*sources, *sinks):
         used = {p.part_idx for b in slice_.buckets for p in b.pieces}
         used |= {r.part_idx for r in getattr(slice_, "amax_regions", ())}
         assert used == set(range(len(slice_.parts)))
         assert slice_.staging_bytes == len(slice_.buckets) * SMALL.bucket_bytes
         for bucket in slice_.buckets:
-            whole = plan.buckets[bucket.bucket_idx]
+            found = by_idx[bucket.bucket_idx]
             names = [slice_.parts[p.part_idx].name for p in bucket.pieces]
-            assert names == [plan.parts[p.part_idx].name for p in whole.pieces]
-            assert [p.box for p in bucket.pieces] == [p.box for p in whole.pieces]
+            assert names == [whole.parts[p.part_idx].name for p in found.pieces]
+            assert [p.box for p in bucket.pieces] == [p.box for p in found.pieces]
     for sink_idx, slice_ in enumerate(sinks):
-        assert [b.bucket_idx for b in slice_.buckets] == [b.bucket_idx for b in plan.buckets if sink_idx in b.sinks]
+        assert [b.bucket_idx for b in slice_.buckets] == [b.bucket_idx for b in whole.buckets if sink_idx in b.sinks]
     assert all([b.stage for b in s.buckets] == sorted(b.stage for b in s.buckets) for s in sources)
 
 
@@ -243,8 +252,9 @@ def test_another_host_makes_another_plan():
 def test_stacked_experts_travel_by_expert():
     tensors = moe_tensors(1, 256, 4, 2, 64, 8, 128, 1000)
     plan = make_plan(fsdp_source(tensors, ["h"] * 4), tp_sink(tensors, [["h"] * 4], "fp8_block128"))
-    for bucket in plan.buckets:
+    whole = expand_plan(plan)
+    for bucket in whole.buckets:
         for piece in bucket.pieces:
-            if "experts" in plan.parts[piece.part_idx].name:
+            if "experts" in whole.parts[piece.part_idx].name:
                 assert bucket.sinks == (bucket.src_rank,)
                 assert piece.box.shape[0] == 2

@@ -48,11 +48,17 @@ class Classes:
     holdings: Holdings
     encodings: Encodings
     densities: Densities
-    bucket_bytes: int
-    _blocks: dict[tuple[_Key, bool], Blocks] = field(default_factory=dict)
+    _blocks: dict[tuple[_Key, Cutting], Blocks] = field(default_factory=dict)
 
-    def find(self, demands: list[Demand], first_sink: Callable[[int], int]) -> list[TensorClass]:
+    def find(
+        self, demands: list[Demand], bucket_bytes: int, first_sink: Callable[[int], int]
+    ) -> list[TensorClass]:
         """Group demands by class, in order of first member, and intersect each class once.
+
+        Args:
+            demands: of all tensors.
+            bucket_bytes: size of a bucket.
+            first_sink: index of a rank of the classes of a mask, for messages.
 
         Raises:
             MissingTensorError, RecipeError, ManifestError, ConfigError: see `intersect`.
@@ -69,18 +75,23 @@ class Classes:
                 members[key] = [demand]
             else:
                 found.append(demand)
-        return [TensorClass(self._intersected(k, m, first_sink), m, k[3]) for k, m in members.items()]
+        found_classes = []
+        for key, found in members.items():
+            cutting = Cutting(bucket_bytes, len(found) < _FINE_MEMBERS)
+            found_classes.append(TensorClass(self._intersected(key, found[0], cutting, first_sink), found, key[3]))
+        return found_classes
 
-    def _intersected(self, key: _Key, members: list[Demand], first_sink: Callable[[int], int]) -> Blocks:
-        halves = len(members) < _FINE_MEMBERS
-        found = self._blocks.get((key, halves))
+    def _intersected(
+        self, key: _Key, member: Demand, cutting: Cutting, first_sink: Callable[[int], int]
+    ) -> Blocks:
+        found = self._blocks.get((key, cutting))
         if found is None:
             boxes = self.encodings.boxes.values
             claims = tuple([(number, boxes[box_idx]) for number, box_idx in of_part] for of_part in key[4])
-            name = self.holdings.source.tensors[members[0].tensor_idx].name
+            name = self.holdings.source.tensors[member.tensor_idx].name
             shards = self.holdings.shards[key[1]]
-            found = intersect(members[0], name, shards, claims, Cutting(self.bucket_bytes, halves), first_sink)
-            self._blocks[(key, halves)] = found
+            found = intersect(member, name, shards, claims, cutting, first_sink)
+            self._blocks[(key, cutting)] = found
         return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from wsync.plan.geometry import bits
 from wsync.spec.manifest import SinkManifest, SinkRankManifest
 
@@ -12,23 +14,33 @@ class RankClasses:
     """Numbers classes of engine ranks. A class keeps its number in every later plan, whoever belongs to it then.
 
     Ranks of one class have equal copies, recipes, storages and scale groups. The data-parallel replicas of an engine
-    share these as objects, so identity is looked at first; manifests that came over a wire are compared by value.
+    share these as objects, so identity is looked at first; manifests that came over a wire are compared by value, or
+    made to share them by `shared`.
+
+    Attributes:
+        firsts: the first rank of each class.
     """
 
     def __init__(self) -> None:
         self.firsts: list[SinkRankManifest] = []
-        self._by_id: dict[tuple[int, ...], int] = {}
+        self._by_id: dict[tuple[int, ...], int] = {}  # of the first ranks, which are kept: an id is one object's
         self._by_size: dict[tuple[int, ...], list[int]] = {}
-        self._kept: list[SinkRankManifest] = []  # an id means something only as long as its object lives
 
     def number(self, rank: SinkRankManifest) -> int:
         """The class of a rank."""
-        key = tuple(id(x) for x in _contents(rank))
-        found = self._by_id.get(key)
-        if found is None:
-            found = self._by_id[key] = self._find(rank)
-            self._kept.append(rank)
-        return found
+        found = self._by_id.get(_ids(rank))
+        return self._find(rank) if found is None else found
+
+    def shared(self, rank: SinkRankManifest) -> SinkRankManifest:
+        """An equal manifest that shares what it can with the first rank of its class."""
+        first = self.firsts[self.number(rank)]
+        return msgspec.structs.replace(
+            rank,
+            copies=first.copies,
+            recipes=first.recipes,
+            storages=first.storages,
+            scale_groups=first.scale_groups,
+        )
 
     def _find(self, rank: SinkRankManifest) -> int:
         contents = _contents(rank)
@@ -37,11 +49,13 @@ class RankClasses:
             if _contents(self.firsts[number]) == contents:
                 return number
         alike.append(len(self.firsts))
+        self._by_id[_ids(rank)] = alike[-1]
         self.firsts.append(rank)
         return alike[-1]
 
-    def __len__(self) -> int:
-        return len(self.firsts)
+
+def _ids(rank: SinkRankManifest) -> tuple[int, ...]:
+    return tuple(id(x) for x in _contents(rank))
 
 
 def _contents(rank: SinkRankManifest) -> tuple[tuple[object, ...] | dict[str, str], ...]:

@@ -10,7 +10,7 @@ from wsync.plan.bounds import find_bounds, plan_seconds
 from wsync.plan.bucket_size import choose_bucket_bytes
 from wsync.plan.classes import Classes, TensorClass, plan_classes
 from wsync.plan.delta_size import Densities
-from wsync.plan.demand import Boxes, Demand, Encodings, collect_demands
+from wsync.plan.demand import Boxes, Encodings, collect_demands
 from wsync.plan.flows import DemandGroup, Flow, Routing, Tree
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings, check_source
@@ -18,9 +18,9 @@ from wsync.plan.nodes import Nodes, find_nodes
 from wsync.plan.plans import Plan, PlanClass, ScaleGroup
 from wsync.plan.rank_classes import RankClasses, Sinks
 from wsync.plan.routing import route
-from wsync.plan.types import ALIGNMENT, MAX_BUCKET_BYTES, PlanOptions
+from wsync.plan.types import ALIGNMENT, DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, PlanOptions
 from wsync.spec.cluster import Cluster, check_cluster
-from wsync.spec.manifest import SinkManifest, SourceManifest
+from wsync.spec.manifest import SinkManifest, SinkRankManifest, SourceManifest
 from wsync.spec.serde import FORMAT_VERSION
 
 
@@ -71,7 +71,9 @@ class Planner:
         self._densities = Densities(self._options.density)
         self._ranks = RankClasses()
         self._encodings = Encodings(Boxes())
-        self._classes: Classes | None = None
+        self._classes = Classes(self._holdings, self._encodings, self._densities)
+        self._bucket_bytes = self._options.bucket_bytes
+        self._checked: set[int] = set()
         self._model: _Model | None = None
 
     def plan(self, sink: SinkManifest) -> Plan:
@@ -122,26 +124,35 @@ class Planner:
             aliases=self._holdings.aliases,
         )
 
+    def accept(self, rank: SinkRankManifest) -> SinkRankManifest:
+        """Check one engine rank by itself, once for all that take the same.
+
+        Returns:
+            An equal manifest that shares what it can with those accepted before.
+
+        Raises:
+            WsyncError: as `make_plan` for this rank alone, without a cluster.
+        """
+        number = self._ranks.number(rank)
+        if number not in self._checked:
+            self._new_model(Sinks(SinkManifest((rank,)), self._ranks), self._bucket_bytes or DEFAULT_BUCKET_BYTES)
+            self._checked.add(number)
+        return self._ranks.shared(rank)
+
     def _model_for(self, sinks: Sinks) -> _Model:
         if self._model is None or self._model.mask != sinks.mask:
-            self._model = self._new_model(sinks)
+            self._model = self._new_model(sinks, self._bucket_bytes)
+            self._bucket_bytes = self._model.bucket_bytes
         return self._model
 
-    def _new_model(self, sinks: Sinks) -> _Model:
+    def _new_model(self, sinks: Sinks, bucket_bytes: int | None) -> _Model:
         ranks = [(number, self._ranks.firsts[number]) for number in sorted(sinks.by_class)]
         demands = collect_demands(self._holdings, ranks, self._encodings)
-        if self._classes is None:
-            size = self._bucket_bytes(demands, sinks)
-            self._classes = Classes(self._holdings, self._encodings, self._densities, size)
-        classes = self._classes.find(demands, sinks.first)
+        if bucket_bytes is None:
+            bucket_bytes = choose_bucket_bytes(demands, self._encodings.boxes.values, sinks, self._cluster)
+        classes = self._classes.find(demands, bucket_bytes, sinks.first)
         made, scale_groups, elements = plan_classes(classes, self._holdings.target_of)
-        size = self._classes.bucket_bytes
-        return _Model(sinks.mask, size, classes, made, scale_groups, elements, find_groups(classes))
-
-    def _bucket_bytes(self, demands: list[Demand], sinks: Sinks) -> int:
-        return self._options.bucket_bytes or choose_bucket_bytes(
-            demands, self._encodings.boxes.values, sinks, self._cluster
-        )
+        return _Model(sinks.mask, bucket_bytes, classes, made, scale_groups, elements, find_groups(classes))
 
 
 def _following_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:

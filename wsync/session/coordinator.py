@@ -16,7 +16,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from wsync.errors import ConnectError, ManifestError, PeerLostError, StateError, WireError
-from wsync.plan import make_plan
+from wsync.plan import Planner
 from wsync.plan.types import PlanOptions
 from wsync.session.auth import CurveKeys
 from wsync.session.channel import PEER_TIMEOUT_S
@@ -52,7 +52,6 @@ from wsync.session.messages import (
 )
 from wsync.session.round import Round
 from wsync.spec.cluster import Cluster
-from wsync.spec.manifest import SinkManifest
 from wsync.spec.serde import check_format
 
 _TICK_S = 0.05
@@ -107,6 +106,7 @@ class Coordinator:
         self._choose_transport = choose_transport
         self._cluster = cluster
         self._options = options
+        self._planner: Planner | None = None
         self._peer_timeout_s = peer_timeout_s
         self._own = local_info()
         self._rounds: dict[int, Round] = {}
@@ -332,10 +332,8 @@ class Coordinator:
             self._send_names(client)
             return
         # Planned alone, so that one engine with another model is refused by name and the others go on.
-        source = self._members.source
-        if source is not None:
-            make_plan(source, SinkManifest((message.manifest,)), None, self._options)
-        client.manifest = message.manifest
+        planner = self._plans()
+        client.manifest = message.manifest if planner is None else planner.accept(message.manifest)
         self._send(client, Accepted(self.incarnation))
         if self._round is not None:
             self._round.returned(client.replica)
@@ -356,6 +354,13 @@ class Coordinator:
         if target.all_requested and self._round is not None and target is not self._round:
             self._round.supersede(message.version)
 
+    def _plans(self) -> Planner | None:
+        """The planner of this trainer, once it is complete: it keeps what does not change with the replicas."""
+        source = self._members.source
+        if self._planner is None and source is not None:
+            self._planner = Planner(source, self._cluster, self._options)
+        return self._planner
+
     def _new_round(self, seq: int, now: float) -> Round:
         return Round(
             seq,
@@ -363,8 +368,7 @@ class Coordinator:
             self._epoch,
             self._send,
             choose_transport=self._transport_for,
-            cluster=self._cluster,
-            options=self._options,
+            planner=self._plans,
             now=now,
             anchor_every=self._anchor_every,
         )

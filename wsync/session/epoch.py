@@ -7,11 +7,9 @@ import math
 from collections.abc import Callable
 
 from wsync.errors import ConfigError
-from wsync.plan import make_plan, plan_digest, sink_slice, source_slice
-from wsync.plan.types import Plan, PlanOptions, SinkSlice, SourceSlice
+from wsync.plan import CompactSlice, Plan, Planner, compact_sink, compact_source, plan_digest
 from wsync.session.membership import Client, Membership, sink_manifest
 from wsync.session.messages import Connect, Setup, ToClient, Totals
-from wsync.spec.cluster import Cluster
 from wsync.spec.dtypes import itemsize
 from wsync.spec.manifest import SourceManifest
 from wsync.spec.serde import encode
@@ -68,13 +66,13 @@ class Epoch:
         """Give every rank its slice."""
         num_sources = len(self.sources)
 
-        def setup(client: Client, slice_: SourceSlice | SinkSlice) -> None:
+        def setup(client: Client, slice_: CompactSlice) -> None:
             send(client, Setup(self.number, self.digest, transport, num_sources, deadline_s, encode(slice_), delta))
 
         for rank, client in enumerate(self.sources):
-            setup(client, source_slice(self.plan, rank, self.digest))
+            setup(client, compact_source(self.plan, rank, self.digest))
         for idx, client in enumerate(self.sinks):
-            setup(client, sink_slice(self.plan, idx, self.digest))
+            setup(client, compact_sink(self.plan, idx, self.digest))
 
     def next_base(self, anchor_every: int) -> int:
         """What the publish that begins now is a delta against; 0 means that it is whole."""
@@ -100,26 +98,30 @@ def new_epoch(
     number: int,
     members: Membership,
     replicas: dict[str, list[Client]],
-    cluster: Cluster | None,
-    options: PlanOptions | None,
+    planner: Planner | None,
 ) -> Epoch:
     """Plan for these replicas.
+
+    Args:
+        number: of the epoch.
+        members: everybody.
+        replicas: that take part.
+        planner: of this trainer; None while it is not complete.
 
     Raises:
         ConfigError: the plan cannot be made.
     """
-    if members.source is None:
+    if members.source is None or planner is None:
         raise ConfigError("no trainer manifest")
-    plan = make_plan(members.source, sink_manifest(replicas), cluster, options)
+    plan = planner.plan(sink_manifest(replicas))
     sources = [client for _, client in sorted(members.sources.items())]
     return Epoch(number, plan, plan_digest(plan), sources, replicas, _totals(members.source, plan))
 
 
 def _totals(source: SourceManifest, plan: Plan) -> Totals:
-    pieces = [(piece.nbytes, len(bucket.sinks)) for bucket in plan.buckets for piece in bucket.pieces]
     return Totals(
         logical_bytes=sum(itemsize(t.dtype) * math.prod(t.shape) for t in source.tensors if t.alias_of is None),
-        wire_bytes=sum(nbytes for nbytes, _ in pieces),
-        sink_bytes=sum(nbytes * num_sinks for nbytes, num_sinks in pieces),
-        staging_bytes=len(plan.buckets) * plan.bucket_bytes,
+        wire_bytes=plan.wire_bytes,
+        sink_bytes=plan.sink_bytes,
+        staging_bytes=sum(plan.source_buckets) * plan.bucket_bytes,
     )

@@ -201,7 +201,7 @@ class Rejoin(_Message, frozen=True):
 
 
 class Setup(_Message, frozen=True):
-    """A new epoch: compile this slice (an encoded `SourceSlice` or `SinkSlice`) and offer staging.
+    """A new epoch: compile this slice (an encoded `CompactSlice`) and offer staging.
 
     ``delta``: keep the wire bytes of each version, for deltas against it.
     """

@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from wsync.errors import ConfigError, DeadlineError, PeerLostError, TransportError, WsyncError
-from wsync.plan.types import PlanOptions
+from wsync.plan import Planner
 from wsync.session.epoch import Epoch, Outbox, new_epoch
 from wsync.session.explain import below_minimum, late_message
 from wsync.session.membership import Client, Membership
@@ -40,7 +40,6 @@ from wsync.session.messages import (
     Totals,
     Voted,
 )
-from wsync.spec.cluster import Cluster
 
 COMMITTED = "committed"
 OLD_VERSION = "old version serving"
@@ -66,6 +65,7 @@ class Round:
         members: who is there.
         epoch: the one of the last round, or None.
         send: queues a message for a client.
+        planner: gives the planner of the trainer once that is complete.
         now: the monotonic time.
         anchor_every: every so many publishes one is whole and the others may be deltas; 0: all are whole.
     """
@@ -78,8 +78,7 @@ class Round:
         send: Outbox,
         *,
         choose_transport: Callable[[list[str]], str],
-        cluster: Cluster | None,
-        options: PlanOptions | None,
+        planner: Callable[[], Planner | None],
         now: float,
         anchor_every: int = 0,
     ) -> None:
@@ -88,8 +87,7 @@ class Round:
         self.epoch = epoch
         self.state = "gather"
         self._choose_transport = choose_transport
-        self._cluster = cluster
-        self._options = options
+        self._planner = planner
         self._anchor_every = anchor_every
         self._base_seq = 0
         self._sent = Sent()
@@ -167,7 +165,7 @@ class Round:
             return
         try:
             number = self.epoch.number + 1 if self.epoch else 1
-            self.epoch = new_epoch(number, self.members, replicas, self._cluster, self._options)
+            self.epoch = new_epoch(number, self.members, replicas, self._planner())
             transport = self._choose_transport([c.info.host for c in self.epoch.clients])
         except WsyncError as e:
             self.fail(e)

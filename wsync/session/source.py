@@ -22,6 +22,7 @@ from wsync.errors import (
     TransportError,
     WsyncError,
 )
+from wsync.plan import CompactSlice, expand_source
 from wsync.plan.program import ShardMemory, SourceProgram, compile_source
 from wsync.plan.types import SourceSlice
 from wsync.session.channel import Channel
@@ -249,7 +250,7 @@ class SourceSession:
     def _setup(self, message: Setup) -> None:
         if self._end is not None:
             self._end.close()
-        self._slice = decode(message.slice_, SourceSlice)
+        self._slice = expand_source(decode(message.slice_, CompactSlice))
         if self._slice.plan_digest != message.plan_digest:
             raise PlanMismatchError(f"a slice of plan {self._slice.plan_digest} came with plan {message.plan_digest}")
         self._program = compile_source(self._slice, self._manifest.tensors, self._memory)

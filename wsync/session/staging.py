@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from wsync.errors import DigestError, PlanMismatchError, StateError, WireError, WsyncError
+from wsync.plan import CompactSlice, expand_sink
 from wsync.plan.program import compile_sink
 from wsync.plan.types import SinkSlice
 from wsync.session.clock import Stopwatch
@@ -53,7 +54,7 @@ class Staging:
             raise StateError(f"{name}: Setup came before the name table")
         self.epoch = message.epoch
         self._name = name
-        self._slice = decode(message.slice_, SinkSlice)
+        self._slice = expand_sink(decode(message.slice_, CompactSlice))
         if self._slice.plan_digest != message.plan_digest:
             raise PlanMismatchError(f"a slice of plan {self._slice.plan_digest} came with plan {message.plan_digest}")
         self._keeper = DeltaKeeper(self._slice, num_threads, name) if message.delta else None

@@ -11,7 +11,7 @@ from wsync.errors import FormatVersionError, WireError
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of every message and file that wsync writes."""
 
 
