@@ -96,6 +96,16 @@ class Planner:
         flows = make_flows(parcels.found, model.classes, model.bucket_bytes)
         return self._finished(model, sinks, nodes, groups, trees, flows)
 
+    def demand(self, sink: SinkManifest) -> tuple[list[DemandGroup], Nodes]:
+        """All that these engine ranks need, and the nodes that it moves between: what policies and bounds start from.
+
+        Scales that follow weights are listed with every rank that may send them. Raises as `make_plan`.
+        """
+        sinks = Sinks(sink, self._ranks)
+        model = self._model_for(sinks)
+        nodes = find_nodes(self._holdings.source, sink, self._cluster)
+        return [g.with_sinks(sinks) for g in model.groups.free] + _following_groups(model, sinks), nodes
+
     def _finished(
         self,
         model: _Model,
