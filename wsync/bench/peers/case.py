@@ -71,7 +71,7 @@ class PeerPlan:
         maker, book = TreeMaker(nodes), TreeBook()
         by_sink: dict[int, list[Share]] = {}
         for (src_rank, sink_idx), nbytes in sorted(self.sent.items()):
-            tree_idx = book.add(maker.direct((sink_idx,)))
+            tree_idx = book.add(maker.direct(src_rank, sink_idx))
             by_sink.setdefault(sink_idx, []).append(Share(src_rank, tree_idx, nbytes))
         routes = tuple(Route((sink_idx,), tuple(shares)) for sink_idx, shares in by_sink.items())
         return Moves(Routing(book.trees, [routes]))

@@ -29,11 +29,11 @@ def alpa_broadcast(groups: Sequence[DemandGroup], nodes: Nodes) -> Moves:
     loads = [0] * len(nodes.source_node)
     routes: list[tuple[Route, ...]] = []
     for group in groups:
-        tree_idx = book.add(maker.chain(group.sinks))
         sharing = Sharing()
+        trees = [book.add(maker.chain(h, group.sinks)) for h in group.holders]
         for lot in group.lots:
             picks = least_loaded([loads[h] for h in group.holders], lot.nbytes, lot.num_members)
-            for holder, num_picks in zip(group.holders, picks, strict=True):
+            for holder, tree_idx, num_picks in zip(group.holders, trees, picks, strict=True):
                 loads[holder] += num_picks * lot.nbytes
                 sharing.add(holder, tree_idx, num_picks * lot.nbytes)
         routes.append((sharing.route(group.sinks),))
@@ -42,17 +42,17 @@ def alpa_broadcast(groups: Sequence[DemandGroup], nodes: Nodes) -> Moves:
 
 def _sent(group: DemandGroup, loads: list[int], maker: TreeMaker, book: TreeBook) -> tuple[Route, ...]:
     """Pieces are dealt to receivers in turn, which leaves every owner the bytes that the greedy choice gives it."""
-    trees = [book.add(maker.direct((s,))) for s in group.sinks]
     sharings = [Sharing() for _ in group.sinks]
     for lot in group.lots:
-        picks = least_loaded([loads[h] for h in group.holders], lot.nbytes, lot.num_members * len(trees))
+        picks = least_loaded([loads[h] for h in group.holders], lot.nbytes, lot.num_members * len(group.sinks))
         dealt = 0
         for holder, num_picks in zip(group.holders, picks, strict=True):
             loads[holder] += num_picks * lot.nbytes
             while num_picks:
                 receiver, before = divmod(dealt, lot.num_members)
                 num = min(num_picks, lot.num_members - before)
-                sharings[receiver].add(holder, trees[receiver], num * lot.nbytes)
+                tree_idx = book.add(maker.direct(holder, group.sinks[receiver]))
+                sharings[receiver].add(holder, tree_idx, num * lot.nbytes)
                 dealt, num_picks = dealt + num, num_picks - num
     return tuple(sharing.route((s,)) for s, sharing in zip(group.sinks, sharings, strict=True))
 

@@ -40,14 +40,17 @@ def stage_broadcast(groups: Sequence[DemandGroup], nodes: Nodes) -> Moves:
 def _broadcast(groups: Sequence[DemandGroup], nodes: Nodes, sender_of: Callable[[int], int]) -> Moves:
     """``sender_of`` names the trainer rank that sends the tensors of a class."""
     maker, book, gathers = TreeMaker(nodes), TreeBook(), Gathers()
-    tree_idx = book.add(maker.chain(range(len(nodes.sink_node))))
+    every = range(len(nodes.sink_node))
+    trees: dict[int, int] = {}
     routes: list[tuple[Route, ...]] = []
     for group in groups:
         sharing = Sharing()
         for lot in group.lots:
             sender = sender_of(lot.class_idx)
             gathers.add(group.holders, sender, lot.nbytes * lot.num_members)
-            sharing.add(sender, tree_idx, lot.nbytes * lot.num_members)
+            if sender not in trees:
+                trees[sender] = book.add(maker.chain(sender, every))
+            sharing.add(sender, trees[sender], lot.nbytes * lot.num_members)
         routes.append((sharing.route(group.sinks),))
     return Moves(Routing(book.trees, routes), gathers.all())
 
@@ -62,14 +65,17 @@ def checkpoint_engine(groups: Sequence[DemandGroup], nodes: Nodes) -> Moves:
     """
     maker, book = TreeMaker(nodes), TreeBook()
     every = range(len(nodes.sink_node))
-    trees = [book.add(maker.chain(every, head=s)) for s in every]
+    trees: dict[tuple[int, int], int] = {}
     host_bytes = dict.fromkeys(every, 0)
     routes: list[tuple[Route, ...]] = []
-    parts = _Parts(sum(g.nbytes for g in groups), len(trees))
+    parts = _Parts(sum(g.nbytes for g in groups), len(every))
     for i, group in enumerate(groups):
         sharing = Sharing()
         for owner, nbytes in parts.take(group.nbytes):
-            sharing.add(group.holders[i % len(group.holders)], trees[owner], nbytes)
+            way = (group.holders[i % len(group.holders)], owner)
+            if way not in trees:
+                trees[way] = book.add(maker.chain(way[0], every, head=owner))
+            sharing.add(way[0], trees[way], nbytes)
             host_bytes[owner] += nbytes
         routes.append((sharing.route(group.sinks),))
     return Moves(Routing(book.trees, routes), host_bytes=host_bytes)

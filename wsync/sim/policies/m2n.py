@@ -30,7 +30,7 @@ def m2n_node_aware(groups: Sequence[DemandGroup], nodes: Nodes) -> Moves:
     maker, book = TreeMaker(nodes), TreeBook()
     routes = []
     for group in groups:
-        ranges = _ranges(len(group.holders), maker.domains(group.sinks), spread=False)
+        ranges = _ranges(len(group.holders), maker.islands(group.sinks), spread=False)
         routes.append(tuple(_rings(group, ranges, maker, book)))
     return Moves(Routing(book.trees, routes))
 
@@ -61,5 +61,6 @@ def _rings(
 ) -> Iterator[Route]:
     for holder, sinks in ranges:
         sharing = Sharing()
-        sharing.add(group.holders[holder], book.add(maker.chain(sinks)), group.nbytes)
+        src_rank = group.holders[holder]
+        sharing.add(src_rank, book.add(maker.chain(src_rank, sinks)), group.nbytes)
         yield sharing.route(tuple(sorted(sinks)))

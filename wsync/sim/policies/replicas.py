@@ -27,6 +27,7 @@ def _pairs(group: DemandGroup, maker: TreeMaker, book: TreeBook) -> list[Route]:
     out = []
     for i, sink_idx in enumerate(group.sinks):
         sharing = Sharing()
-        sharing.add(group.holders[i % len(group.holders)], book.add(maker.direct((sink_idx,))), group.nbytes)
+        src_rank = group.holders[i % len(group.holders)]
+        sharing.add(src_rank, book.add(maker.direct(src_rank, sink_idx)), group.nbytes)
         out.append(sharing.route((sink_idx,)))
     return out
