@@ -38,7 +38,10 @@ def stage_broadcast(groups: Sequence[DemandGroup], nodes: Nodes) -> Moves:
 
 
 def _broadcast(groups: Sequence[DemandGroup], nodes: Nodes, sender_of: Callable[[int], int]) -> Moves:
-    """``sender_of`` names the trainer rank that sends the tensors of a class."""
+    """``sender_of`` names the trainer rank that sends the tensors of a class.
+
+    Every sender has a ring of its own, which enters nodes by a GPU of its own.
+    """
     maker, book, gathers = TreeMaker(nodes), TreeBook(), Gathers()
     every = range(len(nodes.sink_node))
     trees: dict[int, int] = {}
@@ -49,7 +52,8 @@ def _broadcast(groups: Sequence[DemandGroup], nodes: Nodes, sender_of: Callable[
             sender = sender_of(lot.class_idx)
             gathers.add(group.holders, sender, lot.nbytes * lot.num_members)
             if sender not in trees:
-                trees[sender] = book.add(maker.chain(sender, every))
+                heads = maker.islands(every)[0]
+                trees[sender] = book.add(maker.chain(sender, every, head=heads[len(trees) % len(heads)]))
             sharing.add(sender, trees[sender], lot.nbytes * lot.num_members)
         routes.append((sharing.route(group.sinks),))
     return Moves(Routing(book.trees, routes), gathers.all())
