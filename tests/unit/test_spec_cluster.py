@@ -55,6 +55,14 @@ def test_rates_follow_from_the_parts():
     assert FULL.groups[1].node_names == ("e0",)
 
 
+def test_a_domain_may_span_consecutive_nodes():
+    rack = msgspec.structs.replace(GPU_NODE, count=18, num_gpus=4, nvlink_domain=72, nics=())
+    check_cluster(Cluster((rack,)))
+    assert rack.nodes_per_domain == 18
+    assert GPU_NODE.nodes_per_domain == 1
+    assert msgspec.structs.replace(GPU_NODE, nvlink_domain=4).nodes_per_domain == 1
+
+
 def test_hosts_find_their_group_and_strangers_are_named():
     assert FULL.group_by_host(["e0", "trainers-1"]) == {"e0": FULL.groups[1], "trainers-1": GPU_NODE}
     with pytest.raises(ConfigError, match=r"host 'x9'.*trainers-0, trainers-1, e0"):
@@ -124,7 +132,10 @@ def test_impossible_rates_name_the_field_the_value_and_the_limit(rate):
         ({"count": 0}, "count is 0, allowed is 1"),
         ({"count": -4}, "count is -4"),
         ({"num_gpus": -1, "nvlink_domain": 0}, "num_gpus is -1"),
-        ({"nvlink_domain": 9}, "nvlink_domain is 9, allowed is 0 to 8"),
+        ({"nvlink_domain": 9}, "nvlink_domain is 9, allowed is 0 to 8 .num_gpus., or a multiple of 8"),
+        ({"nvlink_domain": -8}, "nvlink_domain is -8, allowed is 0"),
+        ({"nvlink_domain": 1 << 21}, "nvlink_domain is 2097152, allowed is 0 to"),
+        ({"nvlink_domain": 8, "num_gpus": 0}, "nvlink_domain is 8, allowed is 0 to 0"),
         ({"host_gbps": 0.0}, "host_gbps is 0.0"),
         ({"hbm_gbps": None}, "hbm_gbps is missing, but num_gpus is 8"),
         ({"nvlink_gbps": None}, "nvlink_gbps is missing"),

@@ -81,9 +81,9 @@ class Parcels:
             cls = self.classes[class_idx]
             unit = cls.blocks.units[unit_idx]
             same = unit.needers == cls.blocks.units[unit.follows].needers
-            nbytes = cls.wire_bytes(unit.nbytes, unit.part)
+            nbytes = cls.wire_bytes(unit)
             parcels = self._followed[(class_idx, unit.follows)]
-            sinks_of = {} if same else _by_route([route for route, _ in parcels], sinks.of(unit.needers))
+            sinks_of = {} if same else _by_route([route for route, _ in parcels], sinks.of(cls.needers(unit)))
             for route, parcel in parcels:
                 wanted = route.sinks if same else sinks_of[route.sinks]
                 if wanted == route.sinks:
@@ -213,7 +213,7 @@ def _flow(first_bucket: int, parcels: list[Parcel], classes: list[TensorClass], 
         cls = classes[class_idx]
         unit = cls.blocks.units[unit_idx]
         padded = -(-unit.nbytes // ALIGNMENT) * ALIGNMENT
-        expected = cls.wire_bytes(unit.nbytes, unit.part)
+        expected = cls.wire_bytes(unit)
         is_delta |= expected < unit.nbytes
         nbytes += padded * (end - first)
         wire_bytes += (expected if expected < unit.nbytes else padded) * (end - first)

@@ -42,7 +42,7 @@ Holder = tuple[int, int]
 """A trainer rank and which of its boxes of the tensor."""
 
 NamedClaim = tuple[int, Box]
-"""The number of a class of engine ranks, and a box that it needs."""
+"""The number of a class of engine ranks within the claims, and a box that it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Unit:
         nbytes: on the wire.
         step: cuts in the last two dimensions (rows, columns) fall on multiples of these.
         holders: every rank that could send it; units of equal holders share the tuple.
-        needers: mask of the classes of engine ranks that need it.
+        needers: mask of the classes of engine ranks that need it, as the claims number them.
         follows: index of the fused weight unit whose sender has this scale, or -1 if every holder has it.
     """
 

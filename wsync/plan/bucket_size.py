@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from wsync.plan.classes import ClassKey
 from wsync.plan.demand import Demand
 from wsync.plan.rank_classes import Sinks
 from wsync.plan.types import DEFAULT_BUCKET_BYTES
@@ -15,14 +16,16 @@ _MIN_BYTES = 256 << 10
 _MAX_BYTES = 32 << 20
 
 
-def choose_bucket_bytes(demands: list[Demand], boxes: list[Box], sinks: Sinks, cluster: Cluster | None) -> int:
+def choose_bucket_bytes(
+    members: dict[ClassKey, list[Demand]], boxes: list[Box], sinks: Sinks, cluster: Cluster | None
+) -> int:
     """The best size for a chain through the engine nodes, as a power of two; the default without a cluster.
 
     S bytes that go through h hops in m buckets take ``(m + h - 1) (alpha + S / (m B))`` seconds, least for
     ``m = sqrt((h - 1) S / (alpha B))``.
 
     Args:
-        demands: of all tensors.
+        members: of each class of tensors.
         boxes: by number.
         sinks: of the plan.
         cluster: the machines.
@@ -30,11 +33,11 @@ def choose_bucket_bytes(demands: list[Demand], boxes: list[Box], sinks: Sinks, c
     if cluster is None or cluster.alpha_s <= 0.0:
         return DEFAULT_BUCKET_BYTES
     needed: dict[int, int] = {}
-    for demand in demands:
-        for part, claims in zip(demand.encoding.parts, demand.claims, strict=True):
-            for number, box_idx in claims:
-                nbytes = boxes[box_idx].num_elements * itemsize(part.dtype)
-                needed[number] = needed.get(number, 0) + nbytes
+    for (*_, claims), demands in members.items():
+        parts = demands[0].encoding.parts
+        for part, number, box_idx in claims:
+            nbytes = boxes[box_idx].num_elements * itemsize(parts[part].dtype) * len(demands)
+            needed[number] = needed.get(number, 0) + nbytes
     hosts = {rank.info.host for rank in sinks.manifest.ranks}
     rate_gbps = min((nic.rate_gbps for g in cluster.groups for nic in g.nics), default=0.0)
     if not needed or len(hosts) < 2 or rate_gbps <= 0.0:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from wsync.plan.blocks import Blocks, Cutting, intersect
-from wsync.plan.delta_size import Densities
+from wsync.plan.blocks import Blocks, Cutting, NamedClaim, Unit, intersect
+from wsync.plan.delta_size import Densities, expected_bytes
 from wsync.plan.demand import Claim, Demand, Encodings
+from wsync.plan.geometry import bits
 from wsync.plan.grids import all_dims
 from wsync.plan.holdings import Holdings
 from wsync.plan.plans import PlanClass, PlanPart, PlanUnit, ScaleGroup
+from wsync.plan.rank_classes import mask_of
 from wsync.spec.dtypes import itemsize
 
 _FINE_MEMBERS = 64
 """Classes of as many tensors are shared out by whole units of whole tensors: no unit needs to be cut for that."""
 
-_Key = tuple[int, int, bool, "float | None", tuple[tuple[Claim, ...], ...]]
-"""Encoding, shards, whether in scale groups, density, claims of each part."""
+ClassKey = tuple[int, int, bool, "float | None", tuple[Claim, ...]]
+"""Encoding, shards, whether in scale groups, density, claims."""
 
 
 @dataclass(slots=True)
@@ -25,74 +27,106 @@ class TensorClass:
     """Tensors that share their intersection.
 
     Attributes:
-        blocks: the intersection.
+        blocks: the intersection, whose masks count the classes of engine ranks of ``numbers``.
+        numbers: of the classes of engine ranks, in the order in which the blocks count them.
         members: in order of tensor.
         density: share of their elements that changes from one version to the next; None: they travel whole.
     """
 
     blocks: Blocks
+    numbers: tuple[int, ...]
     members: list[Demand]
     density: float | None
+    _masks: dict[int, int] = field(default_factory=dict)
 
-    def wire_bytes(self, nbytes: int, part: int) -> int:
-        """What is expected to travel of ``nbytes`` of a part."""
+    def needers(self, unit: Unit) -> int:
+        """Mask of the classes of engine ranks that need a unit."""
+        found = self._masks.get(unit.needers)
+        if found is None:
+            found = self._masks[unit.needers] = mask_of(self.numbers[i] for i in bits(unit.needers))
+        return found
+
+    def wire_bytes(self, unit: Unit) -> int:
+        """What is expected to travel of one member's piece."""
         if self.density is None:
-            return nbytes
-        return Densities.expected_bytes(nbytes, itemsize(self.members[0].encoding.parts[part].dtype), self.density)
+            return unit.nbytes
+        dtype = self.members[0].encoding.parts[unit.part].dtype
+        return expected_bytes(unit.nbytes, itemsize(dtype), self.density)
 
 
 @dataclass
 class Classes:
-    """Finds classes, and keeps the intersections: they hold for every plan of one source."""
+    """Finds classes, and keeps the intersections: they hold for every plan of one source.
+
+    Classes that differ only in which engine ranks need what, as experts do, have one intersection.
+    """
 
     holdings: Holdings
     encodings: Encodings
     densities: Densities
-    _blocks: dict[tuple[_Key, Cutting], Blocks] = field(default_factory=dict)
+    _blocks: dict[tuple[int, int, bool, tuple[Claim, ...], Cutting], Blocks] = field(default_factory=dict)
 
-    def find(
-        self, demands: list[Demand], bucket_bytes: int, first_sink: Callable[[int], int]
+    def group(self, demands: list[Demand]) -> dict[ClassKey, list[Demand]]:
+        """The members of each class, in order of first member."""
+        tensors, shards_idx = self.holdings.source.tensors, self.holdings.shards_idx
+        density_of = self.densities.of
+        members: dict[ClassKey, list[Demand]] = {}
+        for demand in demands:
+            idx = demand.tensor_idx
+            density = density_of(tensors[idx].name)
+            key = (demand.encoding.idx, shards_idx[idx], bool(demand.group), density, tuple(demand.claims))
+            found = members.get(key)
+            if found is None:
+                members[key] = [demand]
+            else:
+                found.append(demand)
+        return members
+
+    def intersect(
+        self, members: dict[ClassKey, list[Demand]], bucket_bytes: int, first_sink: Callable[[int], int]
     ) -> list[TensorClass]:
-        """Group demands by class, in order of first member, and intersect each class once.
+        """Intersect each class once.
 
         Args:
-            demands: of all tensors.
+            members: of each class.
             bucket_bytes: size of a bucket.
             first_sink: index of a rank of the classes of a mask, for messages.
 
         Raises:
             MissingTensorError, RecipeError, ManifestError, ConfigError: see `intersect`.
         """
-        tensors, shards_idx = self.holdings.source.tensors, self.holdings.shards_idx
-        density_of = self.densities.of
-        members: dict[_Key, list[Demand]] = {}
-        for demand in demands:
-            idx = demand.tensor_idx
-            claims = tuple(map(tuple, demand.claims))
-            key = (demand.encoding.idx, shards_idx[idx], bool(demand.group), density_of(tensors[idx].name), claims)
-            found = members.get(key)
-            if found is None:
-                members[key] = [demand]
-            else:
-                found.append(demand)
-        found_classes = []
-        for key, found in members.items():
+        out = []
+        for (encoding_idx, shards_idx, is_grouped, density, claims), found in members.items():
+            local: dict[int, int] = {}
+            own = tuple((part, local.setdefault(number, len(local)), box_idx) for part, number, box_idx in claims)
             cutting = Cutting(bucket_bytes, len(found) < _FINE_MEMBERS)
-            found_classes.append(TensorClass(self._intersected(key, found[0], cutting, first_sink), found, key[3]))
-        return found_classes
+            key = (encoding_idx, shards_idx, is_grouped, own, cutting)
+            numbers = tuple(local)
+            blocks = self._blocks.get(key)
+            if blocks is None:
+                blocks = self._blocks[key] = self._new_blocks(found[0], own, cutting, numbers, first_sink)
+            out.append(TensorClass(blocks, numbers, found, density))
+        return out
 
-    def _intersected(
-        self, key: _Key, member: Demand, cutting: Cutting, first_sink: Callable[[int], int]
+    def _new_blocks(
+        self,
+        member: Demand,
+        claims: tuple[Claim, ...],
+        cutting: Cutting,
+        numbers: tuple[int, ...],
+        first_sink: Callable[[int], int],
     ) -> Blocks:
-        found = self._blocks.get((key, cutting))
-        if found is None:
-            boxes = self.encodings.boxes.values
-            claims = tuple([(number, boxes[box_idx]) for number, box_idx in of_part] for of_part in key[4])
-            name = self.holdings.source.tensors[member.tensor_idx].name
-            shards = self.holdings.shards[key[1]]
-            found = intersect(member, name, shards, claims, cutting, first_sink)
-            self._blocks[(key, cutting)] = found
-        return found
+        boxes = self.encodings.boxes.values
+        of_part: tuple[list[NamedClaim], ...] = tuple([] for _ in member.encoding.parts)
+        for part, number, box_idx in claims:
+            of_part[part].append((number, boxes[box_idx]))
+        name = self.holdings.source.tensors[member.tensor_idx].name
+        shards = self.holdings.shards[self.holdings.shards_idx[member.tensor_idx]]
+
+        def first(mask: int) -> int:
+            return first_sink(mask_of(numbers[i] for i in bits(mask)))
+
+        return intersect(member, name, shards, of_part, cutting, first)
 
 
 def plan_classes(
@@ -108,6 +142,7 @@ def plan_classes(
     firsts: list[int] = []
     elements = 0
     out = []
+    units_of: dict[tuple[int, float | None], tuple[PlanUnit, ...]] = {}
     for cls in classes:
         blocks, encoding = cls.blocks, cls.members[0].encoding
         groups: tuple[int, ...] = ()
@@ -125,9 +160,12 @@ def plan_classes(
             elements += len(cls.members) * blocks.grid_elements
         num_dims = len(encoding.shape)
         parts = tuple(PlanPart(p.role, p.name, p.dtype, all_dims(p.shape, num_dims, 1)) for p in encoding.parts)
-        units = tuple(
-            PlanUnit(u.part, u.box, u.mode, u.step, u.nbytes, cls.wire_bytes(u.nbytes, u.part)) for u in blocks.units
-        )
+        key = (id(blocks), cls.density)
+        units = units_of.get(key)
+        if units is None:
+            units = units_of[key] = tuple(
+                PlanUnit(u.part, u.box, u.mode, u.step, u.nbytes, cls.wire_bytes(u)) for u in blocks.units
+            )
         members = tuple(m.tensor_idx for m in cls.members)
         recipe = encoding.recipe.name
         out.append(PlanClass(recipe, parts, units, members, groups, blocks.amax, blocks.grid_elements, first))

@@ -58,17 +58,17 @@ class Densities:
                 return value
         return None
 
-    @staticmethod
-    def expected_bytes(nbytes: int, elem_bytes: int, density: float) -> int:
-        """What travels of ``nbytes`` of elements: the delta, or all of it where that is not smaller.
 
-        Args:
-            nbytes: as packed.
-            elem_bytes: of one element; elements of more than two bytes are compared by 16-bit words.
-            density: share of the compared elements that changes.
-        """
-        if density >= _RAW_FROM:
-            return nbytes
-        changes = nbytes / min(elem_bytes, 2) * density
-        bits = _HEADER_BITS + (changes * bits_per_change(density) if changes else 0.0)
-        return min(nbytes, math.ceil(bits / 8))
+def expected_bytes(nbytes: int, elem_bytes: int, density: float) -> int:
+    """What travels of ``nbytes`` of elements: the delta, or all of it where that is not smaller.
+
+    Args:
+        nbytes: as packed.
+        elem_bytes: of one element; elements of more than two bytes are compared by 16-bit words.
+        density: share of the compared elements that changes.
+    """
+    if density >= _RAW_FROM:
+        return nbytes
+    changes = nbytes / min(elem_bytes, 2) * density
+    bits = _HEADER_BITS + (changes * bits_per_change(density) if changes else 0.0)
+    return min(nbytes, math.ceil(bits / 8))

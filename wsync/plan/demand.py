@@ -24,8 +24,8 @@ from wsync.spec.dtypes import same_bytes
 from wsync.spec.manifest import CopySpec, SinkRankManifest, StorageSpec, TensorSpec
 from wsync.spec.recipes import PartSpec, Recipe, get_recipe, recipe_parts
 
-Claim = tuple[int, int]
-"""The number of a class of engine ranks, and that of a box which it needs."""
+Claim = tuple[int, int, int]
+"""A part, the number of a class of engine ranks, and that of a box of the part which it needs."""
 
 _Place = tuple[int, int, int]
 """Of a copy's box and strides: number of the box (-1: empty), the lowest and the highest element that is written,
@@ -41,7 +41,8 @@ class Encoding:
         shape, dtype: of the tensors.
         recipe: how.
         parts: the weight, then its tensors of scales, as an engine sees them; their names are suffixes.
-        places: of each part what is known about boxes and strides that were looked at.
+        part_of: role -> part.
+        places: of a part, a box and strides what is known about them.
     """
 
     idx: int
@@ -49,7 +50,8 @@ class Encoding:
     dtype: str
     recipe: Recipe
     parts: tuple[PartSpec, ...]
-    places: tuple[dict[tuple[Box, tuple[int, ...]], _Place], ...]
+    part_of: dict[str, int]
+    places: dict[tuple[int, Box, tuple[int, ...]], _Place] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,16 +62,13 @@ class Demand:
         tensor_idx: into the source's tensors, an alias's target.
         encoding: how it is encoded.
         group: names of the tensors that share their amaxes; empty for a tensor by itself.
-        claims: of each part, with as many dimensions as the tensor. Without any, the tensor only lends its amax.
+        claims: in order of class; boxes have as many dimensions as the tensor. Without any, it only lends its amax.
     """
 
     tensor_idx: int
     encoding: Encoding
     group: tuple[str, ...]
-    claims: tuple[list[Claim], ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.claims = tuple([] for _ in self.encoding.parts)
+    claims: list[Claim] = field(default_factory=list)
 
 
 DemandKey = tuple[int, str, tuple[str, ...]]
@@ -113,7 +112,8 @@ class Encodings:
                 raise RecipeError(f"{where}: {e.message}", hint=e.hint) from e
             facts = get_recipe(recipe)
             parts = tuple(msgspec.structs.replace(p, name=facts.suffix(p.role)) for p in parts)
-            found = Encoding(len(self._by_key), tensor.shape, tensor.dtype, facts, parts, tuple({} for _ in parts))
+            part_of = {p.role: i for i, p in enumerate(parts)}
+            found = Encoding(len(self._by_key), tensor.shape, tensor.dtype, facts, parts, part_of)
             self._by_key[key] = found
         return found
 
@@ -135,7 +135,7 @@ def collect_demands(
     for number, rank in ranks:
         _Rank(number, rank, demands).collect()
     demands.add_lenders()
-    return [found for _, found in sorted(demands.by_key.items()) if any(found.claims) or found.group]
+    return [found for _, found in sorted(demands.by_key.items()) if found.claims or found.group]
 
 
 class _Demands:
@@ -159,7 +159,7 @@ class _Demands:
 
     def add_lenders(self) -> None:
         """The tensors of a group that nobody takes lend it their amaxes all the same."""
-        wanted = {(key[1], key[2]) for key, d in self.by_key.items() if key[2] and any(d.claims)}
+        wanted = {(key[1], key[2]) for key, d in self.by_key.items() if key[2] and d.claims}
         for key in [k for k in self.by_key if k[2] and k[1:] not in wanted]:
             del self.by_key[key]
         for recipe, group in sorted(wanted):
@@ -178,24 +178,25 @@ class _Rank:
         self.groups = self._groups()
 
     def collect(self) -> None:
-        here: dict[tuple[str, str], tuple[Demand, int]] = {}
-        storages, number = self.rank.storages, self.number
+        number, storages = self.number, self.rank.storages
         taken: set[tuple[str, str]] = set()
+        name: str | None = None
         for copy in self.rank.copies:
-            found = here.get((copy.tensor, copy.role))
-            if found is None:
-                found = here[(copy.tensor, copy.role)] = self._find_part(copy)
-            demand, part_idx = found
-            encoding = demand.encoding
-            key = (copy.box, copy.dst_strides)
-            place = encoding.places[part_idx].get(key)
+            if copy.tensor != name:
+                name = copy.tensor
+                demand = self._demand(name)
+                encoding = demand.encoding
+            part_idx = encoding.part_of.get(copy.role)
+            if part_idx is None:
+                raise self._no_part(copy, encoding)
+            place = encoding.places.get((part_idx, copy.box, copy.dst_strides))
             if place is None:
-                place = encoding.places[part_idx][key] = self._place(copy, encoding, part_idx)
+                place = self._place(copy, encoding, part_idx)
             box_idx, low, high = place
             part = encoding.parts[part_idx]
             if not 0 <= copy.storage_idx < len(storages):
                 raise ManifestError(
-                    f"{self.where} copies {copy.tensor + part.name!r} to storage {copy.storage_idx}, but lists "
+                    f"{self.where} copies {name + part.name!r} to storage {copy.storage_idx}, but lists "
                     f"{len(storages)} storages"
                 )
             storage = storages[copy.storage_idx]
@@ -205,21 +206,23 @@ class _Rank:
             if box_idx >= 0:
                 if copy.dst_offset + low < 0 or copy.dst_offset + high >= storage.num_elements:
                     raise ManifestError(
-                        f"{self.where} copies {copy.tensor + part.name!r} to elements {copy.dst_offset + low} to "
+                        f"{self.where} copies {name + part.name!r} to elements {copy.dst_offset + low} to "
                         f"{copy.dst_offset + high} of storage {storage.name!r}, which has {storage.num_elements}"
                     )
-                demand.claims[part_idx].append((number, box_idx))
+                demand.claims.append((part_idx, number, box_idx))
 
     def _place(self, copy: CopySpec, encoding: Encoding, part_idx: int) -> _Place:
         part = encoding.parts[part_idx]
         low, high = _written(copy, part, self.where)
+        key = (part_idx, copy.box, copy.dst_strides)
         if not copy.box.num_elements:
-            return -1, low, high
+            return encoding.places.setdefault(key, (-1, low, high))
         if copy.role == "weight" and encoding.recipe.group > 1:
             for col in (copy.box.offset[-1], copy.box.end[-1]):
                 what = f"the box that {self.where} needs"
                 check_column(col * encoding.recipe.packed, copy.tensor, encoding.recipe.name, what)
-        return self.demands.encodings.boxes.number(box_of_all_dims(copy.box, len(encoding.shape))), low, high
+        box_idx = self.demands.encodings.boxes.number(box_of_all_dims(copy.box, len(encoding.shape)))
+        return encoding.places.setdefault(key, (box_idx, low, high))
 
     def _check_dtype(self, copy: CopySpec, part: PartSpec, storage: StorageSpec) -> None:
         if not same_bytes(storage.dtype, part.dtype):
@@ -237,19 +240,18 @@ class _Rank:
             )
         return tensor_idx
 
-    def _find_part(self, copy: CopySpec) -> tuple[Demand, int]:
-        tensor_idx = self._target(copy.tensor)
-        recipe = self.rank.recipes.get(copy.tensor)
+    def _demand(self, name: str) -> Demand:
+        tensor_idx = self._target(name)
+        recipe = self.rank.recipes.get(name)
         if recipe is None:
-            raise ManifestError(f"{self.where} copies tensor {copy.tensor!r}, but gives no recipe for it")
-        demand = self.demands.of((tensor_idx, recipe, self.groups.get(copy.tensor, ())), self.where)
-        parts = demand.encoding.parts
-        for part_idx, part in enumerate(parts):
-            if part.role == copy.role:
-                return demand, part_idx
-        roles = ", ".join(p.role for p in parts)
-        raise RecipeError(
-            f"{self.where} needs part {copy.role!r} of {copy.tensor!r}, but recipe {recipe!r} writes {roles}"
+            raise ManifestError(f"{self.where} copies tensor {name!r}, but gives no recipe for it")
+        return self.demands.of((tensor_idx, recipe, self.groups.get(name, ())), self.where)
+
+    def _no_part(self, copy: CopySpec, encoding: Encoding) -> RecipeError:
+        roles = ", ".join(p.role for p in encoding.parts)
+        return RecipeError(
+            f"{self.where} needs part {copy.role!r} of {copy.tensor!r}, but recipe {encoding.recipe.name!r} writes "
+            f"{roles}"
         )
 
     def _groups(self) -> dict[str, tuple[str, ...]]:

@@ -60,8 +60,8 @@ def find_groups(classes: list[TensorClass]) -> OpenGroups:
             ranks = ranks_of.get(id(unit.holders))
             if ranks is None:
                 ranks = ranks_of[id(unit.holders)] = tuple(rank for rank, _ in unit.holders)
-            nbytes = cls.wire_bytes(unit.nbytes, unit.part)
-            lots.setdefault((ranks, unit.needers, unit.stage), []).append(Lot(class_idx, unit_idx, nbytes, count))
+            nbytes = cls.wire_bytes(unit)
+            lots.setdefault((ranks, cls.needers(unit), unit.stage), []).append(Lot(class_idx, unit_idx, nbytes, count))
     free = [
         OpenGroup(ranks, needers, stage, tuple(found), sum(lot.nbytes * lot.num_members for lot in found))
         for (ranks, needers, stage), found in lots.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import msgspec
@@ -28,11 +27,20 @@ def pack_names(names: Sequence[str]) -> Names:
     """Front code names, in their order."""
     shared, rest, last = bytearray(), [], ""
     for name in names:
-        count = min(len(os.path.commonprefix((last, name))), _MAX_SHARED)
+        count = _shared(last, name)
         shared.append(count)
         rest.append(name[count:])
         last = name
     return Names(bytes(shared), tuple(rest))
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two names begin with in common, by halves."""
+    low, high = 0, min(len(a), len(b), _MAX_SHARED)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
 
 
 def unpack_names(names: Names) -> list[str]:

@@ -1,9 +1,12 @@
-"""Which node each rank runs on, and what moving a byte costs there."""
+"""Which node each rank runs on, what it reaches from there, and what moving a byte costs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from wsync.plan.places import Lane, Port, Zones, find_islands, find_lanes, find_ports, find_zones
 from wsync.spec.cluster import Cluster, NodeGroup, default_cluster
 from wsync.spec.manifest import RankInfo, SinkManifest, SourceManifest
 
@@ -11,13 +14,26 @@ ATTOSECONDS = 10**18
 """Loads are compared in whole attoseconds: a byte at 400 GB/s takes 2 500 000, and sums stay exact."""
 
 
-def _cost(rate_gbps: float) -> int:
+def byte_cost(rate_gbps: float) -> int:
+    """Attoseconds that one byte takes at ``rate_gbps``."""
     return max(1, round(ATTOSECONDS / (rate_gbps * 1e9)))
+
+
+class Nic(NamedTuple):
+    """One port of one node; ``slot`` counts those of the node, ``name`` is for reports."""
+
+    node: int
+    slot: int
+    rate_gbps: float
+    name: str
 
 
 @dataclass(frozen=True)
 class Nodes:
     """The nodes of a job, in order of first appearance (trainer ranks, then engine ranks).
+
+    An *island* is what exchanges bytes without a NIC: a node, or the nodes of an NVLink domain that spans several. A
+    *port* is a set of NICs that some rank reaches; a *zone* is what no shared link separates.
 
     Attributes:
         names: of the nodes.
@@ -25,6 +41,13 @@ class Nodes:
         cluster: they belong to.
         source_node, sink_node: node index of each trainer rank and of each sink.
         network_cost, local_cost: attoseconds that one byte takes through the ports of a node, and between ranks of it.
+        sources, sinks: where each trainer rank and each sink is, and what it reaches.
+        nics: of all nodes, each node's in order.
+        ports: every set of NICs that a rank reaches.
+        island: of each node.
+        island_names: for messages and reports.
+        zone: of each node.
+        zones: how they are linked.
     """
 
     names: tuple[str, ...]
@@ -34,6 +57,24 @@ class Nodes:
     sink_node: tuple[int, ...]
     network_cost: tuple[int, ...]
     local_cost: tuple[int, ...]
+    sources: tuple[Lane, ...]
+    sinks: tuple[Lane, ...]
+    nics: tuple[Nic, ...]
+    ports: tuple[Port, ...]
+    island: tuple[int, ...]
+    island_names: tuple[str, ...]
+    zone: tuple[int, ...]
+    zones: Zones
+
+    def source_nic(self, rank: int, rail: int) -> int:
+        """Index into ``nics`` of the one that trainer rank ``rank`` sends on for a hop of ``rail``."""
+        reach = self.sources[rank].reach
+        return reach[rail % len(reach)]
+
+    def sink_nic(self, sink_idx: int, rail: int) -> int:
+        """Index into ``nics`` of the one that a sink sends or receives on for a hop of ``rail``."""
+        reach = self.sinks[sink_idx].reach
+        return reach[rail % len(reach)]
 
 
 def find_nodes(source: SourceManifest, sink: SinkManifest, cluster: Cluster | None) -> Nodes:
@@ -43,20 +84,45 @@ def find_nodes(source: SourceManifest, sink: SinkManifest, cluster: Cluster | No
         ConfigError: a host that the cluster does not have.
     """
     infos: list[RankInfo] = [*source.ranks, *(r.info for r in sink.ranks)]
-    names = tuple(dict.fromkeys(i.host for i in infos))
+    hosts = [i.host for i in infos]
+    return nodes_of(hosts[: len(source.ranks)], hosts[len(source.ranks) :], cluster)
+
+
+def nodes_of(source_hosts: Sequence[str], sink_hosts: Sequence[str], cluster: Cluster | None = None) -> Nodes:
+    """As `find_nodes`, from the host of each trainer rank and of each sink."""
+    names = tuple(dict.fromkeys([*source_hosts, *sink_hosts]))
     cluster = cluster or default_cluster(names)
     group_of = cluster.group_by_host(names)
     groups = tuple(group_of[n] for n in names)
     index = {n: i for i, n in enumerate(names)}
-    node_of = [index[i.host] for i in infos]
+    source_node = tuple(index[h] for h in source_hosts)
+    sink_node = tuple(index[h] for h in sink_hosts)
+    nics = tuple(
+        Nic(node, i, n.rate_gbps, f"nic {i} of node {names[node]}")
+        for node, group in enumerate(groups)
+        for i, n in enumerate(group.nics)
+    )
+    sources = find_lanes(source_node, groups)
+    sinks = find_lanes(sink_node, groups)
+    ports, (sources, sinks) = find_ports([n.rate_gbps for n in nics], sources, sinks)
+    island, island_names = find_islands(names, groups, cluster)
+    zone, zones = find_zones(groups, cluster)
     # A node without ports is never chosen to send to others where any other holder exists.
-    network = tuple(_cost(g.network_gbps) if g.nics else ATTOSECONDS for g in groups)
+    network = tuple(byte_cost(g.network_gbps) if g.nics else ATTOSECONDS for g in groups)
     return Nodes(
         names,
         groups,
         cluster,
-        tuple(node_of[: len(source.ranks)]),
-        tuple(node_of[len(source.ranks) :]),
+        source_node,
+        sink_node,
         network,
-        tuple(_cost(g.local_gbps) for g in groups),
+        tuple(byte_cost(g.local_gbps) for g in groups),
+        sources,
+        sinks,
+        nics,
+        ports,
+        island,
+        island_names,
+        zone,
+        zones,
     )

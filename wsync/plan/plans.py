@@ -8,6 +8,7 @@ import msgspec
 
 from wsync.errors import ConfigError, WireError
 from wsync.plan.flows import Flow, Tree
+from wsync.plan.names import Names
 from wsync.plan.types import Bound
 from wsync.spec.box import Box
 from wsync.spec.serde import check_format, decode, digest_of, encode
@@ -108,6 +109,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         needed_bytes: that the engine ranks need, each counted for itself.
         bounds: every cut that was looked at, the slowest first.
         time_s: predicted seconds of this plan.
+        fill_s: of these, until the pipelines are full.
+        amax_s: of these, for the exchange of amaxes before packing.
         aliases: name of a tied tensor -> name of the tensor under which its bytes travel.
     """
 
@@ -124,6 +127,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     needed_bytes: int
     bounds: tuple[Bound, ...]
     time_s: float
+    fill_s: float = 0.0
+    amax_s: float = 0.0
     aliases: dict[str, str] = {}
 
     @property
@@ -187,6 +192,21 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
             for sink_idx in self.trees[flow.tree_idx].sinks:
                 found[sink_idx].append(i)
         return tuple(map(tuple, found))
+
+    @cached_property
+    def amax_of_source(self) -> tuple[dict[int, tuple[tuple[int, int, Box], ...]], ...]:
+        """For each trainer rank what it exchanges of each class."""
+        found: list[dict[int, tuple[tuple[int, int, Box], ...]]] = [{} for _ in range(self.num_sources)]
+        for class_idx, cls in enumerate(self.classes):
+            for entry in cls.amax:
+                of_rank = found[entry[0]]
+                of_rank[class_idx] = (*of_rank.get(class_idx, ()), entry)
+        return tuple(found)
+
+    @cached_property
+    def packed_names(self) -> dict[tuple[int, ...], tuple[tuple[int, ...], Names]]:
+        """For sets of classes, as they were asked for, the tensors that they name and these tensors' names."""
+        return {}
 
     @cached_property
     def source_buckets(self) -> tuple[int, ...]:

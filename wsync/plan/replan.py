@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from wsync.errors import ConfigError, ManifestError
 from wsync.plan.assemble import Parcels, make_flows
-from wsync.plan.bounds import find_bounds, plan_seconds
 from wsync.plan.bucket_size import choose_bucket_bytes
 from wsync.plan.classes import Classes, TensorClass, plan_classes
+from wsync.plan.cuts import find_bounds
 from wsync.plan.delta_size import Densities
 from wsync.plan.demand import Boxes, Encodings, collect_demands
 from wsync.plan.flows import DemandGroup, Flow, Routing, Tree
@@ -17,7 +17,8 @@ from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.nodes import Nodes, find_nodes
 from wsync.plan.plans import Plan, PlanClass, ScaleGroup
 from wsync.plan.rank_classes import RankClasses, Sinks
-from wsync.plan.routing import route
+from wsync.plan.route import route
+from wsync.plan.timing import plan_times
 from wsync.plan.types import ALIGNMENT, DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, PlanOptions
 from wsync.spec.cluster import Cluster, check_cluster
 from wsync.spec.manifest import SinkManifest, SinkRankManifest, SourceManifest
@@ -117,6 +118,7 @@ class Planner:
     ) -> Plan:
         following = _following_groups(model, sinks)
         everything = [*groups, *following]
+        times = plan_times(trees, flows, nodes, model.bucket_bytes, amax_elements=model.amax_elements)
         return Plan(
             format_version=FORMAT_VERSION,
             num_sources=len(self._holdings.source.ranks),
@@ -129,8 +131,10 @@ class Planner:
             flows=flows,
             amax_elements=model.amax_elements,
             needed_bytes=_needed_bytes(model, sinks),
-            bounds=find_bounds(everything, nodes, sinks.manifest),
-            time_s=plan_seconds(trees, flows, nodes, model.bucket_bytes),
+            bounds=find_bounds(everything, nodes, sinks.manifest, relay=self._options.relay),
+            time_s=times.time_s,
+            fill_s=times.fill_s,
+            amax_s=times.amax_s,
             aliases=self._holdings.aliases,
         )
 
@@ -158,9 +162,10 @@ class Planner:
     def _new_model(self, sinks: Sinks, bucket_bytes: int | None) -> _Model:
         ranks = [(number, self._ranks.firsts[number]) for number in sorted(sinks.by_class)]
         demands = collect_demands(self._holdings, ranks, self._encodings)
+        members = self._classes.group(demands)
         if bucket_bytes is None:
-            bucket_bytes = choose_bucket_bytes(demands, self._encodings.boxes.values, sinks, self._cluster)
-        classes = self._classes.find(demands, bucket_bytes, sinks.first)
+            bucket_bytes = choose_bucket_bytes(members, self._encodings.boxes.values, sinks, self._cluster)
+        classes = self._classes.intersect(members, bucket_bytes, sinks.first)
         made, scale_groups, elements = plan_classes(classes, self._holdings.target_of)
         return _Model(sinks.mask, bucket_bytes, classes, made, scale_groups, elements, find_groups(classes))
 
@@ -171,14 +176,14 @@ def _following_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
     for class_idx, unit_idx in model.groups.following:
         cls = model.classes[class_idx]
         unit = cls.blocks.units[unit_idx]
-        key = (tuple(rank for rank, _ in unit.holders), unit.needers)
-        by_key[key] = by_key.get(key, 0) + cls.wire_bytes(unit.nbytes, unit.part) * len(cls.members)
+        key = (tuple(rank for rank, _ in unit.holders), cls.needers(unit))
+        by_key[key] = by_key.get(key, 0) + cls.wire_bytes(unit) * len(cls.members)
     return [DemandGroup(ranks, sinks.of(needers), 1, (), n) for (ranks, needers), n in by_key.items()]
 
 
 def _needed_bytes(model: _Model, sinks: Sinks) -> int:
     return sum(
-        unit.nbytes * len(cls.members) * len(sinks.of(unit.needers))
+        unit.nbytes * len(cls.members) * len(sinks.of(cls.needers(unit)))
         for cls in model.classes
         for unit in cls.blocks.units
     )

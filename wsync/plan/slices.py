@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -59,9 +60,8 @@ def compact_source(plan: Plan, rank: int, digest: str | None = None) -> CompactS
     """
     _check_index("trainer rank", rank, plan.num_sources)
     maker = _Maker(plan)
-    for class_idx, cls in enumerate(plan.classes):
-        if any(r == rank for r, _, _ in cls.amax):
-            maker.use_class(class_idx)
+    for class_idx in plan.amax_of_source[rank]:
+        maker.use_class(class_idx)
     flows = [maker.flow(plan.flows[i]) for i in plan.flows_of_source[rank]]
     return maker.slice(digest or plan_digest(plan), "source", rank, flows, {})
 
@@ -112,27 +112,22 @@ class _Maker:
         plan = self._plan
         groups: dict[int, int] = {}
         classes = []
-        tensors: set[int] = set()
+        exchanged = plan.amax_of_source[index] if side == "source" else {}
         for class_idx in self._classes:
             cls = plan.classes[class_idx]
-            tensors.update(cls.members)
-            for group_idx in cls.groups:
-                if group_idx not in groups:
-                    groups[group_idx] = len(groups)
-                    tensors.update(plan.scale_groups[group_idx].tensors)
             units = tuple(cls.units[i] for i in self._units.get(class_idx, ()))
-            amax = tuple(a for a in cls.amax if side == "source" and a[0] == index)
-            numbers = tuple(groups[g] for g in cls.groups)
+            numbers = tuple(groups.setdefault(g, len(groups)) for g in cls.groups)
+            amax = exchanged.get(class_idx, ())
             classes.append(msgspec.structs.replace(cls, units=units, groups=numbers, amax=amax))
-        ordered = sorted(tensors)
+        tensors, names = self._names(groups)
         return CompactSlice(
             format_version=plan.format_version,
             plan_digest=digest,
             side=side,
             index=index,
             bucket_bytes=plan.bucket_bytes,
-            tensors=tuple(ordered),
-            names=pack_names([plan.names[i] for i in ordered]),
+            tensors=tensors,
+            names=names,
             classes=tuple(classes),
             scale_groups=tuple(plan.scale_groups[i] for i in groups),
             trees=tuple(plan.trees[i] for i in self._trees),
@@ -140,6 +135,19 @@ class _Maker:
             amax_elements=plan.amax_elements,
             aliases=aliases,
         )
+
+
+    def _names(self, groups: Iterable[int]) -> tuple[tuple[int, ...], Names]:
+        """The tensors that are named, and their names. Ranks that use the same classes share them."""
+        plan = self._plan
+        key = tuple(sorted(self._classes))
+        found = plan.packed_names.get(key)
+        if found is None:
+            tensors = {i for class_idx in key for i in plan.classes[class_idx].members}
+            tensors.update(i for group_idx in groups for i in plan.scale_groups[group_idx].tensors)
+            ordered = tuple(sorted(tensors))
+            found = plan.packed_names[key] = ordered, pack_names([plan.names[i] for i in ordered])
+        return found
 
 
 def expand_source(compact: CompactSlice) -> SourceSlice:

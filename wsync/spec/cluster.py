@@ -68,7 +68,8 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pcie_gbps: host to one GPU, each way; required with GPUs.
         host_gbps: memory of the whole node.
         nvlink_gbps: of one GPU, each way; required with a domain.
-        nvlink_domain: GPUs of the node that reach each other over NVLink; 0 for none.
+        nvlink_domain: GPUs that reach each other over NVLink; 0 for none. At most ``num_gpus``, or a multiple of it
+            where a domain spans consecutive nodes of the group (a rack of GB200 NVL72: 4 per node, 72 per domain).
         nics: the node's ports; a node without ports exchanges nothing with others.
     """
 
@@ -96,6 +97,11 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.num_gpus and self.pcie_gbps is not None:
             return self.pcie_gbps
         return self.host_gbps
+
+    @property
+    def nodes_per_domain(self) -> int:
+        """Consecutive nodes that share one NVLink domain; 1 where domains end with the node."""
+        return max(1, self.nvlink_domain // self.num_gpus) if self.num_gpus else 1
 
     @property
     def node_names(self) -> tuple[str, ...]:
@@ -192,7 +198,7 @@ def _check_group(group: NodeGroup) -> None:
     where = f"group {group.name!r}: "
     _check_range(where + "count", group.count, 1, MAX_COUNT)
     _check_range(where + "num_gpus", group.num_gpus, 0, MAX_COUNT)
-    _check_range(where + "nvlink_domain", group.nvlink_domain, 0, group.num_gpus)
+    _check_domain(where, group)
     _check_rate(where + "host_gbps", group.host_gbps)
     for field in ("hbm_gbps", "pcie_gbps", "nvlink_gbps"):
         rate = getattr(group, field)
@@ -210,6 +216,17 @@ def _check_group(group: NodeGroup) -> None:
         _check_range(f"{where}nics[{i}].rail", nic.rail, 0, MAX_COUNT)
         for path in nic.gpus:
             _check_range(f"{where}nics[{i}].gpus", path.gpu, 0, group.num_gpus - 1)
+
+
+def _check_domain(where: str, group: NodeGroup) -> None:
+    """A domain ends with the node, or with one of the nodes after it."""
+    size, num_gpus = group.nvlink_domain, group.num_gpus
+    _check_range(where + "nvlink_domain", size, 0, MAX_COUNT if num_gpus else 0)
+    if size > num_gpus and size % num_gpus:
+        raise ConfigError(
+            f"{where}nvlink_domain is {size}, allowed is 0 to {num_gpus} (num_gpus), or a multiple of {num_gpus} for a "
+            f"domain of several nodes"
+        )
 
 
 def _check_node_names(cluster: Cluster) -> None:

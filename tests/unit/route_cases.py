@@ -1,0 +1,135 @@
+"""Clusters and demand for the tests of routing, cuts and timing."""
+
+import random
+from collections import Counter
+
+from wsync.plan.cuts import find_bounds
+from wsync.plan.flows import DemandGroup, Flow, Lot
+from wsync.plan.nodes import nodes_of
+from wsync.plan.route import route
+from wsync.plan.timing import plan_times
+from wsync.plan.types import SOURCE, PlanOptions
+from wsync.spec import Cluster, Nic, NicPath, NodeGroup
+
+MIB = 1 << 20
+
+
+def gpu_group(name, count, num_gpus=8, nic_gbps=50.0, nvlink_domain=None, num_nics=None, **changes):
+    """Nodes like those of an H100: a NIC per GPU, NVLink inside."""
+    num_nics = num_gpus if num_nics is None else num_nics
+    domain = num_gpus if nvlink_domain is None else nvlink_domain
+    nics = tuple(Nic(nic_gbps, i, (NicPath(i * num_gpus // num_nics, "PIX"),)) for i in range(num_nics))
+    fields = {
+        "host_gbps": 400.0,
+        "num_gpus": num_gpus,
+        "hbm_gbps": 3350.0,
+        "pcie_gbps": 64.0,
+        "nvlink_gbps": 450.0 if domain else None,
+        "nvlink_domain": domain,
+        "nics": nics,
+    }
+    return NodeGroup(name, count, **{**fields, **changes})
+
+
+def cpu_group(name, count, nic_gbps=50.0):
+    """Nodes of one rank, whose only limit is their NIC."""
+    return NodeGroup(name, count, 1e6, nics=(Nic(nic_gbps),))
+
+
+def hosts(group, ranks_per_node=None):
+    per_node = ranks_per_node or group.num_gpus or 1
+    return [name for name in group.node_names for _ in range(per_node)]
+
+
+def group(holders, sinks, nbytes, stage=0):
+    return DemandGroup(tuple(holders), tuple(sinks), stage, (Lot(0, 0, nbytes, 1),), nbytes)
+
+
+def flows_of(routing):
+    """The flows of a routing, as if pieces had no padding."""
+    total = Counter()
+    for routes in routing.routes:
+        for found in routes:
+            for share in found.shares:
+                total[(share.src_rank, share.tree_idx)] += share.nbytes
+    return [Flow(i, rank, 0, tree, (), n) for i, ((rank, tree), n) in enumerate(sorted(total.items()))]
+
+
+def check_routing(groups, routing, nodes, relay=True):
+    """Every sink of every group gets all bytes once, along trees in which senders have received before."""
+    assert len(routing.routes) == len(groups)
+    assert len(set(routing.trees)) == len(routing.trees)
+    used = set()
+    for demand, routes in zip(groups, routing.routes, strict=True):
+        reached = [s for found in routes for s in found.sinks]
+        assert sorted(reached) == list(demand.sinks)
+        for found in routes:
+            assert sum(s.nbytes for s in found.shares) == demand.nbytes
+            assert len({(s.src_rank, s.tree_idx) for s in found.shares}) == len(found.shares)
+            for share in found.shares:
+                assert share.nbytes > 0
+                assert share.src_rank in demand.holders
+                assert routing.trees[share.tree_idx].sinks == found.sinks
+                used.add(share.tree_idx)
+                check_ends(share, routing.trees[share.tree_idx], nodes, relay)
+    assert used == set(range(len(routing.trees)))
+    for tree in routing.trees:
+        check_tree(tree)
+
+
+def check_tree(tree):
+    have = {SOURCE}
+    assert len(tree.rails) == len(tree.hops)
+    for src, dst in tree.hops:
+        assert src in have
+        assert dst not in have
+        have.add(dst)
+    assert sorted(have - {SOURCE}) == list(tree.sinks)
+
+
+def check_ends(share, tree, nodes, relay):
+    """Rails are those of hops between islands, and both ends reach a NIC there."""
+    for (src, dst), rail in zip(tree.hops, tree.rails, strict=True):
+        here = nodes.sources[share.src_rank] if src == SOURCE else nodes.sinks[src]
+        there = nodes.sinks[dst]
+        same = nodes.island[here.node] == nodes.island[there.node]
+        assert same == (rail < 0)
+        if not same:
+            assert here.port >= 0
+            assert there.port >= 0
+            assert relay or src == SOURCE
+
+
+def plan(groups, source_hosts, sink_hosts, cluster, bucket_bytes=4 * MIB, relay=True):
+    """(nodes, routing, times, bounds) of a demand."""
+    nodes = nodes_of(source_hosts, sink_hosts, cluster)
+    routing = route(groups, nodes, bucket_bytes, PlanOptions(bucket_bytes, relay=relay))
+    times = plan_times(routing.trees, flows_of(routing), nodes, bucket_bytes)
+    return nodes, routing, times, find_bounds(groups, nodes, relay=relay)
+
+
+def replicated(num_sources, num_replicas, ranks_per_replica, nbytes):
+    """FSDP over all trainer ranks, tensor parallel replicas: every (holder, rank of a replica) has a group."""
+    return [
+        group(
+            (h,),
+            [r * ranks_per_replica + i for r in range(num_replicas)],
+            nbytes // (num_sources * ranks_per_replica),
+        )
+        for h in range(num_sources)
+        for i in range(ranks_per_replica)
+    ]
+
+
+def shuffled_groups(seed, num_groups, num_sources, num_sinks, nbytes, replicas=1):
+    rng = random.Random(seed)
+    out = {}
+    for _ in range(num_groups):
+        holders = tuple(sorted(rng.sample(range(num_sources), min(num_sources, rng.randint(1, replicas)))))
+        sinks = tuple(sorted(rng.sample(range(num_sinks), rng.randint(1, num_sinks))))
+        out.setdefault((holders, sinks), group(holders, sinks, rng.randint(1, nbytes)))
+    return list(out.values())
+
+
+def cluster_of(*groups, links=(), alpha_s=0.0):
+    return Cluster(groups, tuple(links), alpha_s)

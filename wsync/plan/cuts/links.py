@@ -1,0 +1,71 @@
+"""Cuts through shared links."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from wsync.plan.cuts.tally import Flux
+from wsync.plan.nodes import Nodes
+
+MAX_ZONES = 10
+"""Of up to so many zones every division into two is looked at; of more, each zone and each side of a link."""
+
+
+def link_cuts(flux: Sequence[Flux], nodes: Nodes) -> Iterator[tuple[str, int, float]]:
+    """(name, bytes, GB/s) of every division of the zones that links separate completely."""
+    links = nodes.cluster.links
+    if not links or nodes.zones.count < 2:
+        return
+    for inside in _divisions(nodes):
+        cover = _cover(nodes, inside)
+        if cover is None:
+            continue
+        mask = _islands(nodes, inside)
+        nbytes = sum(w for held, needed, w in flux if not held & ~mask and needed & ~mask)
+        names = [f"link {links[i // 2].name} from {'+'.join(_side(nodes, i))}" for i in cover]
+        yield " and ".join(names), nbytes, sum(links[i // 2].rate_gbps for i in cover)
+
+
+def _side(nodes: Nodes, directed: int) -> tuple[str, ...]:
+    link = nodes.cluster.links[directed // 2]
+    return link.side_b if directed % 2 else link.side_a
+
+
+def _divisions(nodes: Nodes) -> list[frozenset[int]]:
+    zones = range(nodes.zones.count)
+    if len(zones) <= MAX_ZONES:
+        return [frozenset(c) for size in range(1, len(zones)) for c in combinations(zones, size)]
+    out = [frozenset([z]) for z in zones]
+    zone_of = dict(zip((g.name for g in nodes.groups), nodes.zone, strict=True))
+    for link in nodes.cluster.links:
+        for side in (link.side_a, link.side_b):
+            out.append(frozenset(zone_of[g] for g in side if g in zone_of))
+    out += [frozenset(zones) - c for c in out]
+    return [c for c in dict.fromkeys(out) if c and len(c) < len(zones)]
+
+
+def _cover(nodes: Nodes, inside: frozenset[int]) -> list[int] | None:
+    """Directed links of which every way out of ``inside`` takes one, slowest together; None if a way takes none."""
+    pairs = [nodes.zones.crossed[a][b] for a in sorted(inside) for b in range(nodes.zones.count) if b not in inside]
+    if not all(pairs):
+        return None
+    rate = {i: nodes.cluster.links[i // 2].rate_gbps for p in pairs for i in p}
+    single = [i for i in sorted(rate, key=lambda i: (rate[i], i)) if all(i in p for p in pairs)]
+    if single:
+        return single[:1]
+    cover: list[int] = []
+    open_pairs = [set(p) for p in pairs]
+    while open_pairs:
+        best = min(rate, key=lambda i: (rate[i] / max(sum(i in p for p in open_pairs), 1e-9), i))
+        cover.append(best)
+        open_pairs = [p for p in open_pairs if best not in p]
+    return sorted(cover)
+
+
+def _islands(nodes: Nodes, zones: frozenset[int]) -> int:
+    mask = 0
+    for node, zone in enumerate(nodes.zone):
+        if zone in zones:
+            mask |= 1 << nodes.island[node]
+    return mask
