@@ -10,12 +10,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from wsync.bench.machine import describe_machine, package_versions
 from wsync.bench.peers import PEERS, PeerCase, missing_of, small_case
 from wsync.bench.shootout_result import WSYNC, PeerRow, PolicyRow, PresetResult, ShootoutResult
-from wsync.cli.output import check_writable, write_json
 from wsync.plan import Plan, Planner
 from wsync.plan.flows import DemandGroup
 from wsync.plan.nodes import Nodes
@@ -60,7 +62,7 @@ def run_preset(name: str) -> PresetResult:
     rows = [_row(WSYNC, cost_of_plan(plan, groups, nodes), plan, again_s)]
     for policy_name, policy in POLICIES.items():
         moves, policy_s = _timed(lambda policy=policy: policy(groups, nodes))  # type: ignore[misc]
-        rows.append(_row(policy_name, cost_of(moves, groups, nodes, plan.bucket_bytes), plan, policy_s))
+        rows.append(_row(policy_name, cost_of(moves, groups, nodes, plan.bucket_bytes, plan.amax_elements), plan, policy_s))
     sizes = len(source.ranks), len(sink.ranks)
     return PresetResult(name, *sizes, plan.lower_bound_s, plan.binding_cut, plan_s, tuple(rows))
 
@@ -106,16 +108,23 @@ def _timed(call: Callable[[], T]) -> tuple[T, float]:
     return found, time.perf_counter() - begin
 
 
+def _say(what: str) -> None:
+    sys.stderr.write(what + "\n")
+
+
 def main(argv: list[str]) -> int:
     """Run it; 1 where wsync is beaten."""
     parser = argparse.ArgumentParser(prog="python -m wsync.bench.shootout", description=__doc__)
     parser.add_argument("--presets", metavar="LIST", help="of `wsync simulate --list` (default: all)")
     parser.add_argument("--json", metavar="FILE", default="-", help="where the record goes (default: stdout)")
     args = parser.parse_args(argv)
-    check_writable(args.json, "--json")
     names = args.presets.split(",") if args.presets else list(PRESETS)
-    result = run(names, lambda what: print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr))
-    write_json(result, args.json)
+    result = run(names, lambda what: _say(f"{time.strftime('%H:%M:%S')} {what}"))
+    data = msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
+    if args.json == "-":
+        sys.stdout.buffer.write(data)
+    else:
+        Path(args.json).write_bytes(data)
     return 0 if result.verdict == "ok" else 1
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wsync.plan.flows import LOCAL, DemandGroup, Flow, Tree
 from wsync.plan.nodes import Nodes, nodes_of
+from wsync.plan.plans import Plan
 from wsync.plan.timing import plan_times
 from wsync.plan.types import SOURCE
 from wsync.sim.policies.moves import Moves, needed_bytes, shares_of
@@ -29,10 +30,20 @@ class Cost:
     entering_ratio: float
 
 
-def cost_of(moves: Moves, groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int) -> Cost:
-    """Predict the seconds of ``moves`` as `plan_times` does those of a plan, and compare bytes with need."""
+def cost_of(
+    moves: Moves, groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, amax_elements: int = 0
+) -> Cost:
+    """Predict the seconds of ``moves`` as `plan_times` does those of a plan, and compare bytes with need.
+
+    Args:
+        moves: of a policy.
+        groups: what is needed.
+        nodes: of the job.
+        bucket_bytes: size of a message.
+        amax_elements: that trainer ranks exchange before they quantise shards; who gathers whole tensors need not.
+    """
     trees, flows, everyone = with_gathers(moves, nodes)
-    times = plan_times(trees, flows, everyone, bucket_bytes)
+    times = plan_times(trees, flows, everyone, bucket_bytes, amax_elements=0 if moves.gathers else amax_elements)
     found = [(times.time_s, times.loads[0].name if times.loads else "")]
     for sink_idx, nbytes in moves.host_bytes.items():
         rate = nodes.groups[nodes.sink_node[sink_idx]].pcie_gbps
@@ -44,6 +55,17 @@ def cost_of(moves: Moves, groups: Sequence[DemandGroup], nodes: Nodes, bucket_by
         busiest,
         _ratio(moves.delivered_bytes, needed_bytes(groups)),
         _ratio(entering_bytes(trees, flows, nodes), least_entering_bytes(groups, nodes)),
+    )
+
+
+def cost_of_plan(plan: Plan, groups: Sequence[DemandGroup], nodes: Nodes) -> Cost:
+    """The same of a plan, from the time that it states."""
+    times = plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes)
+    return Cost(
+        plan.time_s,
+        times.loads[0].name if times.loads else "",
+        _ratio(plan.delivered_bytes, plan.needed_bytes),
+        _ratio(entering_bytes(plan.trees, plan.flows, nodes, plan.flow_bytes), least_entering_bytes(groups, nodes)),
     )
 
 
@@ -74,15 +96,17 @@ def with_gathers(moves: Moves, nodes: Nodes) -> tuple[list[Tree], list[Flow], No
     return trees, flows, everyone
 
 
-def entering_bytes(trees: Sequence[Tree], flows: Sequence[Flow], nodes: Nodes) -> int:
-    """Bytes that hops bring to engine ranks from other islands."""
+def entering_bytes(
+    trees: Sequence[Tree], flows: Sequence[Flow], nodes: Nodes, flow_bytes: Sequence[int] | None = None
+) -> int:
+    """Bytes that hops bring to engine ranks from other islands; ``flow_bytes`` are those of flows without padding."""
     num_sinks = len(nodes.sink_node)
     total = 0
-    for flow in flows:
+    for flow, nbytes in zip(flows, flow_bytes or [f.nbytes for f in flows], strict=True):
         for src, dst in trees[flow.tree_idx].hops:
             if dst < num_sinks:
                 at = nodes.source_node[flow.src_rank] if src == SOURCE else nodes.sink_node[src]
-                total += flow.nbytes * (nodes.island[at] != nodes.island[nodes.sink_node[dst]])
+                total += nbytes * (nodes.island[at] != nodes.island[nodes.sink_node[dst]])
     return total
 
 
