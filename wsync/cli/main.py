@@ -6,13 +6,14 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, doctor, keygen
+from wsync.cli import bench, doctor, keygen, plan
 from wsync.cli.output import EXIT_INTERRUPTED, exit_status, print_error
 from wsync.errors import WsyncError
 
 _EPILOG = """exit status:
   0  done
-  1  the job ran and failed, a verdict is wrong, or a core requirement is missing
+  1  the job ran and failed, a verdict is wrong, a core requirement is missing, or a file is damaged or of another
+     version
   2  usage or configuration error; nothing was moved
   3  a peer, a connection or a deadline was lost
 
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_parser(commands)
     doctor.add_parser(commands)
     keygen.add_parser(commands)
+    plan.add_parser(commands)
     return parser
 
 

@@ -122,7 +122,8 @@ def explain(plan: Plan, source: SourceManifest, sink: SinkManifest, name: str) -
     """
     target = resolve_aliases(source.tensors).get(name)
     if target is None:
-        raise UnknownTensorError(f"the source has no tensor {name!r}; it has {len(source.tensors)}", hint=_near(name, source))
+        count = len(source.tensors)
+        raise UnknownTensorError(f"the source has no tensor {name!r} among its {count}", hint=_near(name, source))
     tensor = source.tensors[target]
     passages: list[Passage] = []
     shared = 0
@@ -179,9 +180,7 @@ class _Road:
     def _passage(self, flow: Flow, unit: PlanUnit, before: int) -> Passage:
         part, size = self.cls.parts[unit.part], self.plan.bucket_bytes
         tree = self.plan.trees[flow.tree_idx]
-        hops = tuple(
-            self._hop(flow, src, dst, rail) for (src, dst), rail in zip(tree.hops, tree.rails, strict=True)
-        )
+        hops = tuple(self._hop(flow, src, dst, rail) for (src, dst), rail in zip(tree.hops, tree.rails, strict=True))
         landings = [x for s in tree.sinks for x in self._landings(s, part.role, unit.box)]
         return Passage(
             part=self.name + part.suffix,
