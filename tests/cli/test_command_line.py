@@ -46,6 +46,18 @@ OPTIONS = {
     },
     "wsync doctor": {"--help", "-h", "--json"},
     "wsync keygen": {"--help", "-h"},
+    "wsync plan": {
+        "--help",
+        "-h",
+        "--cluster",
+        "--bucket-bytes",
+        "--no-relay",
+        "--density",
+        "--explain",
+        "--json",
+        "-o",
+        "--output",
+    },
 }
 """Frozen: an option may be added here on purpose, and never be taken away."""
 

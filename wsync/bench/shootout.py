@@ -62,7 +62,9 @@ def run_preset(name: str) -> PresetResult:
     rows = [_row(WSYNC, cost_of_plan(plan, groups, nodes), plan, again_s)]
     for policy_name, policy in POLICIES.items():
         moves, policy_s = _timed(lambda policy=policy: policy(groups, nodes))  # type: ignore[misc]
-        rows.append(_row(policy_name, cost_of(moves, groups, nodes, plan.bucket_bytes, plan.amax_elements), plan, policy_s))
+        rows.append(
+            _row(policy_name, cost_of(moves, groups, nodes, plan.bucket_bytes, plan.amax_elements), plan, policy_s)
+        )
     sizes = len(source.ranks), len(sink.ranks)
     return PresetResult(name, *sizes, plan.lower_bound_s, plan.binding_cut, plan_s, tuple(rows))
 

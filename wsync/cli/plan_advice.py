@@ -48,7 +48,7 @@ def advise(facts: Facts) -> Iterator[str]:
     if facts.options.relay and facts.without_relays_s > plan.lower_bound_s * (1 + _WORTH):
         yield (
             f"relays between engine nodes are worth {facts.without_relays_s:.3g} s to {plan.lower_bound_s:.3g} s: keep "
-            "them on (--no-relay is off)"
+            "them on"
         )
 
 

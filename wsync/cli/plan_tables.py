@@ -57,14 +57,9 @@ def _loads(report: PlanReport) -> Table:
     kinds: dict[str, list[Load]] = {}
     for load in report.loads:
         kinds.setdefault(re.sub(r"\d+", "*", load.name), []).append(load)
-    columns = (
-        ("kind of part", "left"),
-        ("parts", "right"),
-        ("busiest", "left"),
-        ("bytes", "right"),
-        ("seconds", "right"),
-    )
-    table = _grid("loads (--json has every part)", *columns, ("of the time", "right"), ("mean", "right"))
+    columns = [("kind of part", "left"), ("parts", "right"), ("busiest", "left"), ("bytes", "right")]
+    columns += [("seconds", "right"), ("of the time", "right"), ("mean", "right")]
+    table = _grid("loads (--json has every part)", *columns)
     rows = []
     for kind, loads in kinds.items():
         top, mean = loads[0], sum(x.share for x in loads) / len(loads)
@@ -83,7 +78,7 @@ def _sides(report: PlanReport) -> Table:
         [
             ("trainer", *_counts(report.trainer), f"{_bytes(report.trainer.memory_bytes)} of buckets"),
             (
-                f"engine, {engine.replicas} replicas",
+                f"engine, {engine.replicas} replica{'s' * (engine.replicas != 1)}",
                 *_counts(engine),
                 f"{_bytes(engine.memory_bytes)} staged, or a ring of {_bytes(engine.ring_bytes)} paused",
             ),
@@ -107,7 +102,9 @@ def print_explanation(found: Explanation, console: Console) -> None:
         say(f"{found.shared_class} tensors of equal shape and placement go the same way")
     say("held by")
     for held in found.held[:_NUM_PASSAGES]:
-        say(f"  {_box(held.offset, held.shape)}: trainer ranks {_some(held.ranks)} on {_some(held.hosts)}")
+        say(
+            f"  {_box(held.offset, held.shape)}: {_plural('trainer rank', held.ranks)} {_some(held.ranks)} on {_some(held.hosts)}"
+        )
     _say_rest(say_count=len(found.held) - _NUM_PASSAGES, what="boxes", console=console)
     if not found.passages:
         say("no engine rank takes it")
@@ -154,6 +151,10 @@ def _filled(table: Table, rows: Iterable[tuple[str, ...]]) -> Table:
 def _some(values: Sequence[object], limit: int = 8) -> str:
     shown = ", ".join(str(v) for v in values[:limit])
     return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"
+
+
+def _plural(what: str, values: Sequence[object]) -> str:
+    return what if len(values) == 1 else what + "s"
 
 
 def _box(offset: tuple[int, ...], shape: tuple[int, ...]) -> str:
