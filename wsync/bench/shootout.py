@@ -19,10 +19,9 @@ from wsync.bench.machine import describe_machine, package_versions
 from wsync.bench.peers import PEERS, PeerCase, missing_of, small_case
 from wsync.bench.shootout_result import WSYNC, PeerRow, PolicyRow, PresetResult, ShootoutResult
 from wsync.plan import Plan, Planner
-from wsync.plan.flows import DemandGroup
-from wsync.plan.nodes import Nodes
-from wsync.sim.policies import POLICIES, Moves
+from wsync.sim.policies import POLICIES
 from wsync.sim.policies.cost import Cost, cost_of, cost_of_plan
+from wsync.sim.policies.moves import as_packed
 from wsync.sim.presets import PRESETS, find_preset
 
 T = TypeVar("T")
@@ -58,8 +57,9 @@ def run_preset(name: str) -> PresetResult:
     planner = Planner(source, cluster, options)
     plan, plan_s = _timed(lambda: planner.plan(sink))
     again_s = _timed(lambda: planner.plan(sink))[1]
-    groups, nodes = planner.demand(sink)
-    rows = [_row(WSYNC, cost_of_plan(plan, groups, nodes), plan, again_s)]
+    needed, nodes = planner.demand(sink)
+    groups = as_packed(needed)
+    rows = [_row(WSYNC, cost_of_plan(plan, needed, nodes), plan, again_s)]
     for policy_name, policy in POLICIES.items():
         moves, policy_s = _timed(lambda policy=policy: policy(groups, nodes))  # type: ignore[misc]
         rows.append(

@@ -102,9 +102,8 @@ def print_explanation(found: Explanation, console: Console) -> None:
         say(f"{found.shared_class} tensors of equal shape and placement go the same way")
     say("held by")
     for held in found.held[:_NUM_PASSAGES]:
-        say(
-            f"  {_box(held.offset, held.shape)}: {_plural('trainer rank', held.ranks)} {_some(held.ranks)} on {_some(held.hosts)}"
-        )
+        ranks = f"{_plural('trainer rank', held.ranks)} {_some(held.ranks)}"
+        say(f"  {_box(held.offset, held.shape)}: {ranks} on {_some(held.hosts)}")
     _say_rest(say_count=len(found.held) - _NUM_PASSAGES, what="boxes", console=console)
     if not found.passages:
         say("no engine rank takes it")

@@ -11,7 +11,7 @@ from wsync.plan.classes import Classes, TensorClass, plan_classes
 from wsync.plan.cuts import find_bounds
 from wsync.plan.delta_size import Densities
 from wsync.plan.demand import Boxes, Encodings, collect_demands
-from wsync.plan.flows import DemandGroup, Flow, Routing, Tree
+from wsync.plan.flows import DemandGroup, Flow, Lot, Tree
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.nodes import Nodes, find_nodes
@@ -172,13 +172,17 @@ class Planner:
 
 def _following_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
     """Scales that follow weights, as the bounds count them: any holder may send them."""
-    by_key: dict[tuple[tuple[int, ...], int], int] = {}
+    by_key: dict[tuple[tuple[int, ...], int], list[Lot]] = {}
     for class_idx, unit_idx in model.groups.following:
         cls = model.classes[class_idx]
         unit = cls.blocks.units[unit_idx]
         key = (tuple(rank for rank, _ in unit.holders), cls.needers(unit))
-        by_key[key] = by_key.get(key, 0) + cls.wire_bytes(unit) * len(cls.members)
-    return [DemandGroup(ranks, sinks.of(needers), 1, (), n) for (ranks, needers), n in by_key.items()]
+        lot = Lot(class_idx, unit_idx, cls.wire_bytes(unit), len(cls.members))
+        by_key.setdefault(key, []).append(lot)
+    return [
+        DemandGroup(ranks, sinks.of(needers), 1, tuple(lots), sum(lot.nbytes * lot.num_members for lot in lots))
+        for (ranks, needers), lots in by_key.items()
+    ]
 
 
 def _needed_bytes(model: _Model, sinks: Sinks) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from wsync.plan.flows import DemandGroup, Route, Routing, Share, Tree
 from wsync.plan.nodes import Nodes
+from wsync.plan.types import ALIGNMENT
 
 
 class Gather(NamedTuple):
@@ -53,6 +54,15 @@ def shares_of(routing: Routing) -> Iterable[Share]:
     for routes in routing.routes:
         for route in routes:
             yield from route.shares
+
+
+def as_packed(groups: Iterable[DemandGroup]) -> list[DemandGroup]:
+    """The groups with every piece rounded up to `ALIGNMENT`, as plans pack it: policies get the same wire."""
+    out = []
+    for group in groups:
+        lots = tuple(lot._replace(nbytes=-(-lot.nbytes // ALIGNMENT) * ALIGNMENT) for lot in group.lots)
+        out.append(replace(group, lots=lots, nbytes=sum(lot.nbytes * lot.num_members for lot in lots)))
+    return out
 
 
 def needed_bytes(groups: Iterable[DemandGroup]) -> int:
