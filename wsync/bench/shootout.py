@@ -17,7 +17,7 @@ import msgspec
 
 from wsync.bench.machine import describe_machine, package_versions
 from wsync.bench.peers import PEERS, PeerCase, missing_of, small_case
-from wsync.bench.shootout_result import WSYNC, PeerRow, PolicyRow, PresetResult, ShootoutResult
+from wsync.bench.shootout_result import TOLERANCE, WSYNC, PeerRow, PolicyRow, PresetResult, ShootoutResult
 from wsync.plan import Plan, Planner
 from wsync.sim.policies import POLICIES
 from wsync.sim.policies.cost import Cost, cost_of, cost_of_plan
@@ -101,7 +101,7 @@ def _peer_row(name: str, version: str | None, cost: Cost, plan: Plan, plan_s: fl
 
 def _is_beaten(peers: Sequence[PeerRow]) -> bool:
     ours = next(p.time_s for p in peers if p.planner == WSYNC)
-    return ours is not None and any(p.time_s is not None and p.time_s < ours * (1 - 1e-9) for p in peers)
+    return ours is not None and any(p.time_s is not None and p.time_s < ours * (1 - TOLERANCE) for p in peers)
 
 
 def _timed(call: Callable[[], T]) -> tuple[T, float]:

@@ -9,8 +9,8 @@ import msgspec
 WSYNC = "wsync"
 """The name of this project's row."""
 
-TOLERANCE = 1e-9
-"""Relative difference of two times that counts as equal."""
+TOLERANCE = 1e-3
+"""Relative difference of two times that counts as equal: the time model is less exact than that."""
 
 
 class PolicyRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,7 +119,8 @@ def shootout_table_of(result: ShootoutResult) -> str:
     lines += [_mean_line(result, policies), "", *_peer_lines(result), ""]
     verdict = "no policy and no planner is faster than wsync's plan" if result.verdict == "ok" else "WSYNC IS BEATEN"
     lines.append(
-        f"Predicted by wsync's time model for all alike; {verdict}. Planned on one core of {result.machine['cpu']}. "
+        f"Predicted by wsync's time model for all alike, equal within 0.1 %; {verdict}. Planned on one core of "
+        f"{result.machine['cpu']}. "
         "`make record-shootout`, record `bench/records/shootout.json`."
     )
     return "\n".join(lines)
