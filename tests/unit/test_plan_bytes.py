@@ -133,7 +133,6 @@ class Run:
             has.add(dst)
             node = self.source_node[bucket.src_rank] if src == SOURCE else self.sink_node[src]
             if self.sink_node[dst] != node:
-                assert src == SOURCE
                 for piece in bucket.pieces:
                     self.entered[self.sink_node[dst]][piece.part_idx][at(piece.box)] += 1
         assert has - {SOURCE} == set(bucket.sinks)

@@ -90,9 +90,10 @@ class Source:
         if whole_number(delta_anchor_every, "delta_anchor_every") < 1:
             raise ConfigError(f"delta_anchor_every must be at least 1, got {delta_anchor_every}")
         anchor_every = delta_anchor_every if delta else 0
-        if delta and options is not None and options.bucket_bytes >= _MAX_DELTA_BUCKET_BYTES:
+        bucket_bytes = options.bucket_bytes if options is not None else None
+        if delta and bucket_bytes is not None and bucket_bytes >= _MAX_DELTA_BUCKET_BYTES:
             raise ConfigError(
-                f"delta takes buckets below {_MAX_DELTA_BUCKET_BYTES} bytes, bucket_bytes is {options.bucket_bytes}"
+                f"delta takes buckets below {_MAX_DELTA_BUCKET_BYTES} bytes, bucket_bytes is {bucket_bytes}"
             )
         if write_check not in _WRITE_CHECKS:
             raise ConfigError(f"write_check must be one of {_WRITE_CHECKS}, got {write_check!r}")

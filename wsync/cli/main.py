@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, doctor, keygen, plan
+from wsync.cli import bench, doctor, keygen, plan, simulate
 from wsync.cli.output import EXIT_INTERRUPTED, exit_status, print_error
 from wsync.errors import WsyncError
 
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_parser(commands)
     keygen.add_parser(commands)
     plan.add_parser(commands)
+    simulate.add_parser(commands)
     return parser
 
 

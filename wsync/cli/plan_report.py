@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -13,7 +13,7 @@ from wsync.cli.plan_advice import Facts, advise
 from wsync.cli.plan_explain import sink_name
 from wsync.plan.cuts import find_bounds
 from wsync.plan.flows import DemandGroup
-from wsync.plan.nodes import Nodes
+from wsync.plan.nodes import Nodes, find_nodes
 from wsync.plan.plans import Plan, PlanClass, PlanUnit, encode_plan, plan_digest
 from wsync.plan.replan import Planner
 from wsync.plan.timing import Times, plan_times
@@ -21,7 +21,7 @@ from wsync.plan.types import Bound, PlanOptions
 from wsync.spec.cluster import Cluster
 from wsync.spec.dtypes import itemsize
 from wsync.spec.manifest import SinkManifest, SourceManifest
-from wsync.spec.recipes import SCALE_BLOCK, get_recipe
+from wsync.spec.recipes import SCALE_BLOCK
 
 FORMAT_VERSION = 1
 _BF16_BYTES = 2
@@ -129,11 +129,11 @@ def plan_and_report(
     planner = Planner(source, cluster, options)
     plan = planner.plan(sink)
     wall_s = time.perf_counter() - begin
-    groups, nodes = planner.demand(sink)
+    groups, nodes = planner.demand(sink), find_nodes(source, sink, cluster)
     times = plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes, amax_elements=plan.amax_elements)
     without = _seconds(find_bounds(groups, nodes, sink, relay=False))
-    bf16 = _seconds(find_bounds(groups, nodes, sink, relay=options.relay, nbytes=bytes_if(plan, groups, bf16_bytes)))
-    fp8 = find_bounds(groups, nodes, sink, relay=options.relay, nbytes=bytes_if(plan, groups, fp8_bytes))
+    bf16 = _seconds(find_bounds(groups, nodes, sink, relay=options.relay, nbytes=planner.bf16_bytes(sink)))
+    fp8 = find_bounds(groups, nodes, sink, relay=options.relay, nbytes=fp8_bytes(plan, groups))
     facts = Facts(plan, times, nodes, sink, options, without, fp8)
     return plan, PlanReport(
         format_version=FORMAT_VERSION,
@@ -164,8 +164,8 @@ def plan_and_report(
     )
 
 
-def bytes_if(plan: Plan, groups: Sequence[DemandGroup], bytes_of: Callable[[PlanClass, PlanUnit], int]) -> list[int]:
-    """Bytes of each group if a unit had those that ``bytes_of`` says."""
+def fp8_bytes(plan: Plan, groups: Sequence[DemandGroup]) -> list[int]:
+    """Bytes of each group if all matrices in 16 bits travelled in ``fp8_block128``."""
     found: dict[tuple[int, int], int] = {}
     out = []
     for group in groups:
@@ -174,21 +174,13 @@ def bytes_if(plan: Plan, groups: Sequence[DemandGroup], bytes_of: Callable[[Plan
             key = (class_idx, unit_idx)
             if key not in found:
                 cls = plan.classes[class_idx]
-                found[key] = bytes_of(cls, cls.units[unit_idx])
+                found[key] = _fp8_bytes(cls, cls.units[unit_idx])
             nbytes += found[key] * num_members
         out.append(nbytes)
     return out
 
 
-def bf16_bytes(cls: PlanClass, unit: PlanUnit) -> int:
-    """Of a unit in bf16: of weights as many as they are, of scales none."""
-    recipe = get_recipe(cls.recipe)
-    if not recipe.quantised:
-        return unit.nbytes
-    return 0 if unit.part else _BF16_BYTES * recipe.packed * unit.box.num_elements
-
-
-def fp8_bytes(cls: PlanClass, unit: PlanUnit) -> int:
+def _fp8_bytes(cls: PlanClass, unit: PlanUnit) -> int:
     """Of a unit in ``fp8_block128`` if it is a matrix in 16 bits, with its share of the scales."""
     part = cls.parts[unit.part]
     matrix = sum(n > 1 for n in part.shape) > 1

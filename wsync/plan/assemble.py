@@ -14,6 +14,7 @@ from wsync.errors import ConfigError
 from wsync.plan.classes import TensorClass
 from wsync.plan.flows import DemandGroup, Entry, Flow, Lot, Route, Routing, Share
 from wsync.plan.groups import OpenGroups
+from wsync.plan.nodes import Nodes
 from wsync.plan.rank_classes import Sinks
 from wsync.plan.types import ALIGNMENT, MAX_BUCKETS
 
@@ -69,7 +70,7 @@ class Parcels:
                         key = (parcel.class_idx, parcel.unit_idx)
                         self._followed.setdefault(key, []).append((route, parcel))
 
-    def follow(self, open_groups: OpenGroups, sinks: Sinks) -> list[tuple[DemandGroup, list[_Range]]]:
+    def follow(self, open_groups: OpenGroups, sinks: Sinks, nodes: Nodes) -> list[tuple[DemandGroup, list[_Range]]]:
         """Send scales along the trees of their weights.
 
         Returns:
@@ -83,7 +84,8 @@ class Parcels:
             same = unit.needers == cls.blocks.units[unit.follows].needers
             nbytes = cls.wire_bytes(unit)
             parcels = self._followed[(class_idx, unit.follows)]
-            sinks_of = {} if same else _by_route([route for route, _ in parcels], sinks.of(cls.needers(unit)))
+            routes = [route for route, _ in parcels]
+            sinks_of = {} if same else _by_route(routes, sinks.of(cls.needers(unit)), nodes)
             for route, parcel in parcels:
                 wanted = route.sinks if same else sinks_of[route.sinks]
                 if wanted == route.sinks:
@@ -146,12 +148,16 @@ def _cut_ranges(ranges: list[_Range], wanted: list[int]) -> Iterator[tuple[int, 
             first = ranges[idx].first if idx < len(ranges) else 0
 
 
-def _by_route(routes: list[Route], sinks: tuple[int, ...]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Which of ``sinks`` each route serves, by the route's own sinks: those that it has, and the first one all others."""
-    home = {s: route.sinks for route in routes for s in route.sinks}
+def _by_route(routes: list[Route], sinks: tuple[int, ...], nodes: Nodes) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Which of ``sinks`` each route serves, by the route's own sinks: all on the islands that it serves.
+
+    What is on none of them goes to the first route.
+    """
+    island = [nodes.island[node] for node in nodes.sink_node]
+    home = {island[s]: route.sinks for route in reversed(routes) for s in reversed(route.sinks)}
     found: dict[tuple[int, ...], list[int]] = {route.sinks: [] for route in routes}
     for s in sinks:
-        found[home.get(s, routes[0].sinks)].append(s)
+        found[home.get(island[s], routes[0].sinks)].append(s)
     return {key: tuple(members) for key, members in found.items()}
 
 

@@ -226,8 +226,8 @@ class _Intersection:
 
     def _missing(self, part: PartSpec, box: Box, needers: int) -> MissingTensorError:
         return MissingTensorError(
-            f"sink {self.first_sink(needers)} needs {self.name + part.name!r} of shape {part.shape}, but no trainer rank holds its box at offset "
-            f"{box.offset} of shape {box.shape}"
+            f"sink {self.first_sink(needers)} needs {self.name + part.name!r} of shape {part.shape}, but no trainer "
+            f"rank holds its box at offset {box.offset} of shape {box.shape}"
         )
 
     def _units(

@@ -148,9 +148,7 @@ def plan_classes(
         groups: tuple[int, ...] = ()
         first = elements
         if cls.members[0].group:
-            groups = tuple(
-                group_idx.setdefault((encoding.recipe.name, m.group), len(group_idx)) for m in cls.members
-            )
+            groups = tuple(group_idx.setdefault((encoding.recipe.name, m.group), len(group_idx)) for m in cls.members)
             firsts += [-1] * (len(group_idx) - len(firsts))
             for idx in groups if blocks.grid_elements else ():
                 if firsts[idx] < 0:

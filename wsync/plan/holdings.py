@@ -101,9 +101,7 @@ def check_source(source: SourceManifest) -> Holdings:
             checked.add((tensor.shape, idx))
         shards_idx.append(idx)
     target_of = resolve_aliases(source.tensors)
-    aliases = {
-        t.name: source.tensors[target_of[t.name]].name for t in source.tensors if t.alias_of is not None
-    }
+    aliases = {t.name: source.tensors[target_of[t.name]].name for t in source.tensors if t.alias_of is not None}
     return Holdings(source, target_of, aliases, shards_idx, numbers.values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wsync.errors import ConfigError, ManifestError
@@ -11,7 +12,7 @@ from wsync.plan.classes import Classes, TensorClass, plan_classes
 from wsync.plan.cuts import find_bounds
 from wsync.plan.delta_size import Densities
 from wsync.plan.demand import Boxes, Encodings, collect_demands
-from wsync.plan.flows import DemandGroup, Flow, Lot, Tree
+from wsync.plan.flows import DemandGroup, Flow, Lot, Routing, Tree
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.nodes import Nodes, find_nodes
@@ -23,6 +24,9 @@ from wsync.plan.types import ALIGNMENT, DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, 
 from wsync.spec.cluster import Cluster, check_cluster
 from wsync.spec.manifest import SinkManifest, SinkRankManifest, SourceManifest
 from wsync.spec.serde import FORMAT_VERSION
+
+Router = Callable[[Sequence[DemandGroup], Nodes, int, PlanOptions], Routing]
+"""Groups, nodes, bytes of a bucket and options in, trees and shares out: `wsync.plan.route.route` and its rivals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,47 +81,55 @@ class Planner:
         self._checked: set[int] = set()
         self._model: _Model | None = None
 
-    def plan(self, sink: SinkManifest) -> Plan:
-        """Plan for these engine ranks. Raises as `make_plan`; what was planned before stays as it is."""
+    def plan(self, sink: SinkManifest, router: Router = route) -> Plan:
+        """Plan for these engine ranks.
+
+        Args:
+            sink: who is there now.
+            router: decides who sends what along which trees; another one than wsync's own for comparison.
+
+        Raises:
+            WsyncError: as `make_plan`; what was planned before stays as it is.
+        """
+        sinks, model, nodes = self._survey(sink)
+        groups = [g.with_sinks(sinks) for g in model.groups.free]
+        routing = router(groups, nodes, model.bucket_bytes, self._options)
+        parcels = Parcels(model.classes)
+        parcels.share_out(groups, routing, model.groups)
+        rest = parcels.follow(model.groups, sinks, nodes)
+        trees = list(routing.trees)
+        if rest:
+            more = router([group for group, _ in rest], nodes, model.bucket_bytes, self._options)
+            parcels.share_out_rest(rest, more, len(trees))
+            trees += more.trees
+        flows = make_flows(parcels.found, model.classes, model.bucket_bytes)
+        return self._finished(model, sinks, nodes, trees, flows)
+
+    def demand(self, sink: SinkManifest) -> list[DemandGroup]:
+        """All demand groups of a plan, as bounds count them: what no plan can avoid. Raises as `plan`."""
+        sinks, model, _ = self._survey(sink)
+        return _all_groups(model, sinks)
+
+    def bf16_bytes(self, sink: SinkManifest) -> list[int]:
+        """For each group of `demand` its bytes if nothing were quantised: weights in 16 bits, no scales."""
+        sinks, model, _ = self._survey(sink)
+        return [sum(_bf16_bytes(model.classes[x.class_idx], x) for x in g.lots) for g in _all_groups(model, sinks)]
+
+    def _survey(self, sink: SinkManifest) -> tuple[Sinks, _Model, Nodes]:
         if not sink.ranks:
             raise ManifestError("a plan needs at least 1 engine rank, got 0")
         sinks = Sinks(sink, self._ranks)
         model = self._model_for(sinks)
-        nodes = find_nodes(self._holdings.source, sink, self._cluster)
-        groups = [g.with_sinks(sinks) for g in model.groups.free]
-        routing = route(groups, nodes, model.bucket_bytes, self._options)
-        parcels = Parcels(model.classes)
-        parcels.share_out(groups, routing, model.groups)
-        rest = parcels.follow(model.groups, sinks)
-        trees = list(routing.trees)
-        if rest:
-            more = route([group for group, _ in rest], nodes, model.bucket_bytes, self._options)
-            parcels.share_out_rest(rest, more, len(trees))
-            trees += more.trees
-        flows = make_flows(parcels.found, model.classes, model.bucket_bytes)
-        return self._finished(model, sinks, nodes, groups, trees, flows)
-
-    def demand(self, sink: SinkManifest) -> tuple[list[DemandGroup], Nodes]:
-        """All that these engine ranks need, and the nodes that it moves between: what policies and bounds start from.
-
-        Scales that follow weights are listed with every rank that may send them. Raises as `make_plan`.
-        """
-        sinks = Sinks(sink, self._ranks)
-        model = self._model_for(sinks)
-        nodes = find_nodes(self._holdings.source, sink, self._cluster)
-        return [g.with_sinks(sinks) for g in model.groups.free] + _following_groups(model, sinks), nodes
+        return sinks, model, find_nodes(self._holdings.source, sink, self._cluster)
 
     def _finished(
         self,
         model: _Model,
         sinks: Sinks,
         nodes: Nodes,
-        groups: list[DemandGroup],
         trees: list[Tree],
         flows: tuple[Flow, ...],
     ) -> Plan:
-        following = _following_groups(model, sinks)
-        everything = [*groups, *following]
         times = plan_times(trees, flows, nodes, model.bucket_bytes, amax_elements=model.amax_elements)
         return Plan(
             format_version=FORMAT_VERSION,
@@ -131,7 +143,7 @@ class Planner:
             flows=flows,
             amax_elements=model.amax_elements,
             needed_bytes=_needed_bytes(model, sinks),
-            bounds=find_bounds(everything, nodes, sinks.manifest, relay=self._options.relay),
+            bounds=find_bounds(_all_groups(model, sinks), nodes, sinks.manifest, relay=self._options.relay),
             time_s=times.time_s,
             fill_s=times.fill_s,
             amax_s=times.amax_s,
@@ -170,19 +182,26 @@ class Planner:
         return _Model(sinks.mask, bucket_bytes, classes, made, scale_groups, elements, find_groups(classes))
 
 
-def _following_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
-    """Scales that follow weights, as the bounds count them: any holder may send them."""
-    by_key: dict[tuple[tuple[int, ...], int], list[Lot]] = {}
+def _all_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
+    """The groups that are routed, and then the scales that follow weights: any holder may send them."""
+    lots: dict[tuple[tuple[int, ...], int], list[Lot]] = {}
     for class_idx, unit_idx in model.groups.following:
         cls = model.classes[class_idx]
         unit = cls.blocks.units[unit_idx]
         key = (tuple(rank for rank, _ in unit.holders), cls.needers(unit))
-        lot = Lot(class_idx, unit_idx, cls.wire_bytes(unit), len(cls.members))
-        by_key.setdefault(key, []).append(lot)
-    return [
-        DemandGroup(ranks, sinks.of(needers), 1, tuple(lots), sum(lot.nbytes * lot.num_members for lot in lots))
-        for (ranks, needers), lots in by_key.items()
+        lots.setdefault(key, []).append(Lot(class_idx, unit_idx, cls.wire_bytes(unit), len(cls.members)))
+    following = [
+        DemandGroup(ranks, sinks.of(needers), 1, tuple(found), sum(x.nbytes * x.num_members for x in found))
+        for (ranks, needers), found in lots.items()
     ]
+    return [*(g.with_sinks(sinks) for g in model.groups.free), *following]
+
+
+def _bf16_bytes(cls: TensorClass, lot: Lot) -> int:
+    unit, recipe = cls.blocks.units[lot.unit_idx], cls.members[0].encoding.recipe
+    if not recipe.quantised:
+        return unit.nbytes * lot.num_members
+    return 2 * unit.box.num_elements * recipe.packed * lot.num_members if unit.part == 0 else 0
 
 
 def _needed_bytes(model: _Model, sinks: Sinks) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from collections.abc import Iterable
 from typing import Literal
 
@@ -98,9 +97,7 @@ class _Maker:
             for e in flow.entries
         )
         tree_idx = self._trees.setdefault(flow.tree_idx, len(self._trees))
-        return Flow(
-            flow.first_bucket, flow.src_rank, flow.stage, tree_idx, entries, flow.nbytes, flow.delta_bytes
-        )
+        return Flow(flow.first_bucket, flow.src_rank, flow.stage, tree_idx, entries, flow.nbytes, flow.delta_bytes)
 
     def _use_unit(self, class_idx: int, unit_idx: int) -> int:
         used = self._units.setdefault(class_idx, {})
@@ -135,7 +132,6 @@ class _Maker:
             amax_elements=plan.amax_elements,
             aliases=aliases,
         )
-
 
     def _names(self, groups: Iterable[int]) -> tuple[tuple[int, ...], Names]:
         """The tensors that are named, and their names. Ranks that use the same classes share them."""

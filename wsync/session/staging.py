@@ -8,7 +8,6 @@ from collections.abc import Callable
 from wsync.errors import DigestError, PlanMismatchError, StateError, WireError, WsyncError
 from wsync.plan import CompactSlice, expand_sink
 from wsync.plan.program import compile_sink
-from wsync.plan.types import SinkSlice
 from wsync.session.clock import Stopwatch
 from wsync.session.delta import DeltaKeeper
 from wsync.session.install import Installer, WriteConstants

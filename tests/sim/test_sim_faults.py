@@ -1,0 +1,97 @@
+"""Ports and nodes that fail while an update is under way."""
+
+from __future__ import annotations
+
+import pytest
+from test_sim_formulas import machines, make_work
+
+from wsync.sim.faults import Faults
+from wsync.sim.sync import Sync
+from wsync.spec.cluster import Cluster
+
+
+def run(work, *, ports=(), nodes=(), detect_s=0.0, **options):
+    sync = Sync(work, **options)
+    faults = Faults(sync, detect_s)
+    for node, nic, time_s in ports:
+        faults.schedule_port(node, nic, time_s)
+    for node, time_s in nodes:
+        faults.schedule_node(node, time_s)
+    return sync, faults, sync.run()
+
+
+def two_rails(buckets=100):
+    cluster = Cluster((machines(2, nics=2),), alpha_s=0.0)
+    flows = [(0, [(0, 1, rail)], [0], 10**9, buckets) for rail in (0, 1)]
+    return make_work(cluster, [0], [1], flows)
+
+
+def test_what_crossed_a_failed_port_goes_over_the_other_one():
+    _, faults, seconds = run(two_rails(), ports=[(0, 0, 0.5)])
+    # 0.5 s on two ports carry half; the other half, 1 GB, goes over one.
+    assert seconds == pytest.approx(1.5, rel=0.03)
+    assert faults.resent > 0
+
+
+def test_every_bucket_arrives_once_though_a_port_failed():
+    work = two_rails(10)
+    sync, _, _ = run(work, ports=[(1, 1, 0.3)])
+    assert all(bucket.have == 0b11 for bucket in sync.buckets)
+    assert sync.replicas["r0"].state == "committed"
+    assert sum(sync._received) == sum(b.nbytes for b in sync.buckets)
+
+
+def test_a_failure_is_acted_on_only_after_it_was_noticed():
+    _, _, seconds = run(two_rails(), ports=[(0, 0, 0.5)], detect_s=4.0)
+    # Noticed at 4.5 s; what was left for that port, half of its bytes, takes another 0.5 s.
+    assert seconds == pytest.approx(5.0, rel=0.02)
+
+
+def chain_of(count, buckets=50):
+    cluster = Cluster((machines(count + 1),), alpha_s=0.0)
+    chain = [(i, i + 1, 0) for i in range(count)]
+    return make_work(cluster, [0], [i + 1 for i in range(count)], [(0, chain, range(count), 10**9, buckets)])
+
+
+def test_a_dead_relay_takes_its_own_replica_only():
+    sync, faults, seconds = run(chain_of(4), nodes=[(2, 0.5)])
+    states = {name: r.state for name, r in sync.replicas.items()}
+    assert states == {"r0": "committed", "r1": "old version serving", "r2": "committed", "r3": "committed"}
+    assert "n-1 failed" not in str(faults.log)
+    assert faults.log == [(0.5, "node n-2 failed")]
+    assert sync.replicas["r1"].fault == "node n-2 failed"
+    assert faults.adopted == 1
+    assert seconds == pytest.approx(1.0, rel=0.2)
+
+
+def test_nobody_gets_a_bucket_twice_though_relays_die_one_after_the_other():
+    work = chain_of(6, 40)
+    sync, _, _ = run(work, nodes=[(1, 0.2), (3, 0.4), (2, 0.41)], detect_s=0.05)
+    alive = [i for i in range(6) if i + 1 not in (1, 2, 3)]
+    for i in alive:
+        assert sync._received[i] == 10**9
+        assert sync.replicas[f"r{i}"].state == "committed"
+
+
+def test_a_node_that_lost_its_last_port_counts_as_dead():
+    sync, faults, _ = run(chain_of(3), ports=[(2, 0, 0.5)])
+    assert sync.replicas["r1"].fault == "node n-2 has a rank without a port"
+    assert sync.replicas["r2"].state == "committed"
+    assert [words for _, words in faults.log] == ["port 0 of node n-2 failed", "node n-2 has a rank without a port"]
+
+
+def test_without_a_trainer_node_only_what_was_staged_commits():
+    sync, _, _ = run(chain_of(2), nodes=[(0, 0.5)])
+    assert {r.state for r in sync.replicas.values()} == {"old version serving"}
+    assert "trainer" in sync.replicas["r0"].fault
+
+
+def test_an_engine_that_dies_while_it_writes_in_place_is_poisoned():
+    sync, _, _ = run(chain_of(2), nodes=[(2, 0.5)], in_place=True)
+    assert sync.replicas["r1"].state == "poisoned"
+
+
+def test_a_failure_after_the_end_changes_nothing():
+    sync, _, seconds = run(chain_of(2), nodes=[(2, 50.0)])
+    assert seconds < 50.0
+    assert {r.state for r in sync.replicas.values()} == {"committed"}

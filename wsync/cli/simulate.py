@@ -1,0 +1,208 @@
+"""``wsync simulate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from wsync.cli.output import EXIT_FAILED, EXIT_OK, check_writable, stderr_console, stdout_console, write_json
+from wsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsync.sim.presets import Preset
+    from wsync.sim.result import SimResult
+    from wsync.sim.scenario import Scenario
+
+LIST_VERSION = 1
+_MAX_REPLICAS = 16
+_MAX_RESOURCES = 12
+
+_DESCRIPTION = """Plan one update of weights on a cluster that need not be there, and simulate it: ports, NVLink and
+memory with contention, bucket by bucket. docs/guides/simulate.md says what is modelled."""
+
+
+class PresetRow(msgspec.Struct, frozen=True):
+    """One preset in ``wsync simulate --list --json``."""
+
+    name: str
+    title: str
+    model: str
+    trainer_layout: str
+    engine_layout: str
+    recipe: str
+    published_s: float | None
+    published_by: str
+    bound_s: float | None
+    assumptions: tuple[str, ...]
+
+
+class PresetList(msgspec.Struct, frozen=True):
+    """What ``wsync simulate --list --json`` writes."""
+
+    presets: list[PresetRow]
+    format_version: int = LIST_VERSION
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``simulate``."""
+    parser = commands.add_parser(
+        "simulate", help="simulate an update on a cluster", description=_DESCRIPTION, allow_abbrev=False
+    )
+    parser.add_argument("scenario", nargs="?", metavar="PRESET|FILE", help="a preset's name or a scenario file")
+    parser.add_argument("--list", action="store_true", help="name the presets")
+    parser.add_argument(
+        "--straggler", action="append", default=[], metavar="NODE:FACTOR", help="all rates of a node times a factor"
+    )
+    parser.add_argument(
+        "--fail",
+        action="append",
+        default=[],
+        metavar="NODE[/NIC]@SECONDS",
+        help="a node or one of its ports fails then",
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="REPLICA",
+        help="a replica that is not there: plan for the others",
+    )
+    parser.add_argument("--install", choices=("staged", "in_place"), help="when engines write live memory")
+    parser.add_argument("--jitter", type=float, metavar="SHARE", help="spread of every service time, from 0 to 0.99")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the jitter")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
+    parser.add_argument("--chart", metavar="FILE", help="write a Gantt chart (.png)")
+    parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev (JSON)")
+    parser.set_defaults(run=run_simulate)
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Plan, simulate, print; 1 if no replica committed."""
+    if args.list:
+        return _list_presets(args)
+    if args.scenario is None:
+        raise ConfigError("simulate needs a preset or a scenario file", hint="wsync simulate --list names the presets")
+    _check_outputs(args)
+    from wsync.sim.run import Simulation
+    from wsync.sim.scenario import open_scenario
+
+    scenario = open_scenario(args.scenario)
+    scenario.options = _options(args, scenario)
+    scenario.drop_replicas(scenario.options.without)
+    plan, plan_wall_s = scenario.make_plan()
+    spans = bool(args.chart or args.trace)
+    simulation = Simulation(plan, scenario.source, scenario.sink, scenario.cluster, scenario.options, spans=spans)
+    result = simulation.run(scenario.name, plan_wall_s, scenario.published_s)
+    _write_files(args, result, simulation.resources)
+    if args.json != "-":
+        _print(result, scenario)
+    return EXIT_OK if result.committed else EXIT_FAILED
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    for option in ("json", "chart", "trace"):
+        check_writable(getattr(args, option), f"--{option}")
+    if args.chart and not args.chart.endswith(".png"):
+        raise ConfigError(f"--chart {args.chart} must end in .png")
+
+
+def _options(args: argparse.Namespace, scenario: Scenario) -> Any:
+    """Those of the scenario with what the command line says on top, checked."""
+    from wsync.sim.options import check_options, parse_failure, parse_straggler
+
+    changes: dict[str, Any] = {
+        "stragglers": (*scenario.options.stragglers, *map(parse_straggler, args.straggler)),
+        "failures": (*scenario.options.failures, *map(parse_failure, args.fail)),
+        "without": (*scenario.options.without, *args.without),
+    }
+    changes |= {name: getattr(args, name) for name in ("install", "jitter", "seed") if getattr(args, name) is not None}
+    options = msgspec.structs.replace(scenario.options, **changes)
+    check_options(options)
+    return options
+
+
+def _write_files(args: argparse.Namespace, result: SimResult, resources: Any) -> None:
+    """All of them or, if one cannot be made, none that was not written before it."""
+    from wsync.sim.chart import chart_png
+    from wsync.sim.trace import trace_of
+
+    chart = chart_png(result, resources) if args.chart else None
+    trace = msgspec.json.encode(trace_of(result, resources)) if args.trace else None
+    if chart is not None:
+        write_file(args.chart, chart)
+    if trace is not None:
+        write_file(args.trace, trace)
+    if args.json:
+        write_result(result, args.json)
+
+
+def write_result(result: SimResult, target: str) -> None:
+    """The result as JSON, to stdout for ``-``."""
+    if target == "-":
+        write_json(result, target)
+    else:
+        write_file(target, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+
+
+def write_file(target: str, data: bytes) -> None:
+    """Write a file whole or not at all: what was there stays until the new one is complete.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = Path(target)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
+
+
+def _list_presets(args: argparse.Namespace) -> int:
+    from wsync.sim.presets import PRESETS
+
+    if args.json:
+        write_json(PresetList([_row(p) for p in PRESETS.values()]), args.json)
+    if args.json != "-":
+        _print_presets(list(PRESETS.values()))
+    return EXIT_OK
+
+
+def _row(preset: Preset) -> PresetRow:
+    published = preset.published
+    return PresetRow(
+        preset.name,
+        preset.title,
+        preset.model,
+        preset.trainer_layout,
+        preset.engine_layout,
+        preset.recipe,
+        published.seconds if published else None,
+        published.source if published else "",
+        preset.bound_s,
+        preset.assumptions,
+    )
+
+
+def _print_presets(presets: list[Preset]) -> None:
+    from rich.table import Table
+
+    table = Table(title="presets", title_justify="left")
+    for name in ("name", "what", "published s"):
+        table.add_column(name, overflow="fold", justify="right" if name.endswith(" s") else "left")
+    for preset in presets:
+        table.add_row(preset.name, preset.title, f"{preset.published.seconds:g}" if preset.published else "")
+    stdout_console().print(table)
+
+
+def _print(result: SimResult, scenario: Scenario) -> None:
+    from wsync.cli.simulate_table import print_result
+
+    for line in scenario.text:
+        stderr_console().print(f"assumed: {line}", markup=False, highlight=False, soft_wrap=True)
+    print_result(result, stdout_console(), max_replicas=_MAX_REPLICAS, max_resources=_MAX_RESOURCES)

@@ -1,0 +1,217 @@
+"""One update, simulated: pack, send, relay, unpack, vote, commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wsync.sim.engine import Engine, Job
+from wsync.sim.work import SENDER, Bucket, Leg, Work
+
+COMMITTED = "committed"
+SERVING_OLD = "old version serving"
+POISONED = "poisoned"
+
+_PACK = 0
+_GATHER = 1 << 30
+"""Tags of local steps. Tags from 1 are the slot that a hop reaches, negative ones the sink that installs."""
+
+
+@dataclass
+class Replica:
+    """Progress of one replica.
+
+    Attributes:
+        name: of the replica.
+        sinks: its ranks.
+        waiting: ranks that lack buckets.
+        installing: ranks whose live memory is not complete.
+        staged_s, commit_s: when it had everything, and when it served it; None before.
+        decided: its ranks may write live memory.
+        fault: why it was dropped, or empty.
+    """
+
+    name: str
+    sinks: list[int] = field(default_factory=list)
+    waiting: int = 0
+    installing: int = 0
+    staged_s: float | None = None
+    commit_s: float | None = None
+    decided: bool = False
+    fault: str = ""
+
+    @property
+    def state(self) -> str:
+        """As `CommitError.replicas` says it."""
+        if self.commit_s is not None:
+            return COMMITTED
+        return POISONED if self.decided else SERVING_OLD
+
+
+@dataclass
+class Times:
+    """When phases ended, in seconds from the publish, and what was counted on the way."""
+
+    amax_s: float = 0.0
+    packed_s: float = 0.0
+    first_wire_s: float | None = None
+    staged_s: float = 0.0
+    delivered_bytes: int = 0
+
+
+class Sync:
+    """A simulated update.
+
+    Args:
+        work: what is to be done.
+        in_place: engines write each bucket into live memory as it comes, instead of all of them after the vote.
+        start_s: from the publish to the first packing.
+        vote_s: from the last rank that is staged to the decision on all ranks.
+        merge_s, jitter, seed: of the `Engine`.
+
+    Attributes:
+        engine: that runs it.
+        replicas: by name.
+        buckets: all of them.
+        times: of phases.
+        lost_sinks: ranks whose node is gone.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        in_place: bool = False,
+        start_s: float = 0.0,
+        vote_s: float = 0.0,
+        merge_s: float | None = None,
+        jitter: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.work = work
+        self.engine = Engine(work.fabric.resources, self._done, merge_s=merge_s, jitter=jitter, seed=seed)
+        self.replicas: dict[str, Replica] = {}
+        self.buckets = [b for rank in range(len(work.sources)) for b in work.queue_of(rank)]
+        self.times = Times(amax_s=start_s + work.amax_s)
+        self.lost_sinks: set[int] = set()
+        self._alpha_s = work.fabric.nodes.cluster.alpha_s
+        self._in_place = in_place
+        self._start_s = start_s
+        self._vote_s = vote_s
+        self._missing = [0] * len(work.sinks)
+        self._unwritten = [0] * len(work.sinks)
+        self._received = [0] * len(work.sinks)
+        self._replica = [self.replicas.setdefault(name, Replica(name)) for name in work.replica_of]
+        for bucket in self.buckets:
+            for sink_idx in bucket.stream.road.sinks[1:]:
+                self._missing[sink_idx] += 1
+        for sink_idx, replica in enumerate(self._replica):
+            replica.sinks.append(sink_idx)
+            replica.waiting += self._missing[sink_idx] > 0
+            self._unwritten[sink_idx] = self._missing[sink_idx] if in_place else 1
+            replica.installing += self._unwritten[sink_idx] > 0
+            replica.decided = in_place  # it writes from the first bucket on
+
+    def run(self) -> float:
+        """Simulate, and return the second at which the last replica committed (0.0 if none did)."""
+        self.engine.at(self._start_s, self._start)
+        self.engine.at(self._start_s + self.work.amax_s, self._start_scaled)
+        self.engine.run()
+        return max((r.commit_s or 0.0 for r in self.replicas.values()), default=0.0)
+
+    def drop(self, replica: Replica, fault: str) -> None:
+        """A replica leaves the update, unless it serves the version already."""
+        if replica.commit_s is None and not replica.fault:
+            replica.fault = fault
+
+    def launch(self, bucket: Bucket, leg: Leg) -> None:
+        """Send a bucket over one leg, unless nobody is there any more."""
+        if bucket.stream.road.sinks[leg.slot] not in self.lost_sinks:
+            nbytes = bucket.nbytes if leg.passes == 1.0 else round(bucket.nbytes * leg.passes)
+            self.engine.submit(Job(bucket, leg.slot, leg.path, nbytes, self._alpha_s))
+
+    def _start(self, now: float) -> None:
+        for replica in self.replicas.values():
+            if not replica.waiting:
+                self._staged(replica, now)
+        self._pack(waits=False)
+
+    def _start_scaled(self, now: float) -> None:
+        self._pack(waits=True)
+
+    def _pack(self, *, waits: bool) -> None:
+        for bucket in self.buckets:
+            stream = bucket.stream
+            if stream.waits == waits:
+                self.engine.submit(self._first_step(bucket))
+
+    def _first_step(self, bucket: Bucket) -> Job:
+        work, stream = self.work, bucket.stream
+        if not work.offloaded:
+            return work.pack_job(bucket, _PACK)
+        return work.gather_job(work.sources[stream.rank], bucket, _GATHER, bucket.nbytes * stream.read_bytes)
+
+    def _done(self, job: Job, now: float) -> None:
+        tag = job.tag
+        if tag < 0:
+            self._written(-tag - 1, now)
+        elif tag == _PACK:
+            self._packed(job.owner, now)
+        elif tag == _GATHER:
+            self.engine.submit(self.work.pack_job(job.owner, _PACK))
+        else:
+            self._delivered(job.owner, tag, now)
+
+    def _packed(self, bucket: Bucket, now: float) -> None:
+        self.times.packed_s = now
+        if self.times.first_wire_s is None:
+            self.times.first_wire_s = now
+        bucket.have = 1
+        for leg in bucket.stream.road.legs[SENDER]:
+            self.launch(bucket, leg)
+
+    def _delivered(self, bucket: Bucket, slot: int, now: float) -> None:
+        bucket.have |= 1 << slot
+        road = bucket.stream.road
+        for leg in road.legs[slot]:
+            self.launch(bucket, leg)
+        sink_idx = road.sinks[slot]
+        self._received[sink_idx] += bucket.nbytes
+        if self._in_place:
+            self._write(sink_idx, bucket.nbytes)
+        self._missing[sink_idx] -= 1
+        if not self._missing[sink_idx]:
+            replica = self._replica[sink_idx]
+            replica.waiting -= 1
+            if not replica.waiting:
+                self._staged(replica, now)
+
+    def _staged(self, replica: Replica, now: float) -> None:
+        """All ranks of a replica have everything: they vote."""
+        if replica.fault:
+            return
+        replica.staged_s = now
+        self.times.staged_s = max(self.times.staged_s, now)
+        self.engine.at(now + self._vote_s, lambda decided: self._decided(replica, decided))
+
+    def _decided(self, replica: Replica, now: float) -> None:
+        if replica.fault:
+            return
+        replica.decided = True
+        if not self._in_place:
+            for sink_idx in replica.sinks:
+                self._write(sink_idx, self._received[sink_idx])
+        elif not replica.installing:
+            replica.commit_s = now
+
+    def _write(self, sink_idx: int, nbytes: int) -> None:
+        """Move staged bytes into live memory."""
+        self.engine.submit(self.work.install_job(sink_idx, -sink_idx - 1, nbytes))
+
+    def _written(self, sink_idx: int, now: float) -> None:
+        self._unwritten[sink_idx] -= 1
+        if self._unwritten[sink_idx]:
+            return
+        replica = self._replica[sink_idx]
+        replica.installing -= 1
+        if not replica.installing and replica.staged_s is not None and not replica.fault:
+            replica.commit_s = max(now, replica.staged_s + self._vote_s)
