@@ -6,13 +6,14 @@ The time of wsync's row is that of planning from manifests; those of policies ar
 from __future__ import annotations
 
 import pytest
-from wsync.sim.presets import PRESETS
 
 from wsync.bench.peers import small_case
 from wsync.bench.shootout import run_peers, run_preset
 from wsync.bench.shootout_result import WSYNC
 from wsync.plan import Planner
+from wsync.plan.nodes import find_nodes
 from wsync.sim.policies import POLICIES
+from wsync.sim.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,7 +35,8 @@ def test_no_planner_of_another_system_is_faster():
 @pytest.mark.parametrize("name", POLICIES)
 def test_routing_kimi_k2_as_a_peer_does(benchmark, name):
     source, sink, cluster, options = PRESETS["perplexity-kimi-k2-k4"].build()
-    groups, nodes = Planner(source, cluster, options).demand(sink)
+    groups = Planner(source, cluster, options).demand(sink)
+    nodes = find_nodes(source, sink, cluster)
     benchmark.pedantic(POLICIES[name], (groups, nodes), rounds=1)
 
 

@@ -6,6 +6,7 @@ import pytest
 from policy_cases import NIC_GBPS, group_of, nodes_of
 
 from wsync.plan import Planner
+from wsync.plan.nodes import find_nodes
 from wsync.sim.policies import Moves, checkpoint_engine, m2n_node_aware, rank0_broadcast, round_robin
 from wsync.sim.policies.cost import cost_of, cost_of_plan, least_entering_bytes
 from wsync.sim.policies.moves import as_packed
@@ -92,10 +93,11 @@ def test_packed_pieces_are_whole_multiples():
 
 def test_a_plan_costs_what_it_says_and_delivers_what_is_needed():
     tensors = dense_tensors(1, 256, 4, 2, 64, 512, 1024)
-    planner = Planner(fsdp_source(tensors, ["t0", "t1"]))
+    source = fsdp_source(tensors, ["t0", "t1"])
+    planner = Planner(source)
     sink = tp_sink(tensors, [["e0", "e0"], ["e1", "e1"]], "fp8_block128")
     plan = planner.plan(sink)
-    groups, nodes = planner.demand(sink)
+    groups, nodes = planner.demand(sink), find_nodes(source, sink, None)
     cost = cost_of_plan(plan, groups, nodes)
     assert cost.time_s == plan.time_s
     assert cost.delivered_ratio == pytest.approx(1.0)
@@ -106,6 +108,6 @@ def test_demand_has_every_byte_that_the_plan_needs_in_lots():
     tensors = dense_tensors(1, 256, 4, 2, 64, 512, 1024)
     planner = Planner(fsdp_source(tensors, ["t0", "t0", "t1", "t1"], replicas=2))
     sink = tp_sink(tensors, [["e0", "e0"], ["e1", "e1"]], "fp8_block128")
-    groups, _ = planner.demand(sink)
+    groups = planner.demand(sink)
     assert sum(g.nbytes * len(g.sinks) for g in groups) == planner.plan(sink).needed_bytes
     assert all(g.nbytes == sum(lot.nbytes * lot.num_members for lot in g.lots) for g in groups)

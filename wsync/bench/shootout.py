@@ -19,6 +19,7 @@ from wsync.bench.machine import describe_machine, package_versions
 from wsync.bench.peers import PEERS, PeerCase, missing_of, small_case
 from wsync.bench.shootout_result import TOLERANCE, WSYNC, PeerRow, PolicyRow, PresetResult, ShootoutResult
 from wsync.plan import Plan, Planner
+from wsync.plan.nodes import find_nodes
 from wsync.sim.policies import POLICIES
 from wsync.sim.policies.cost import Cost, cost_of, cost_of_plan
 from wsync.sim.policies.moves import as_packed
@@ -57,7 +58,7 @@ def run_preset(name: str) -> PresetResult:
     planner = Planner(source, cluster, options)
     plan, plan_s = _timed(lambda: planner.plan(sink))
     again_s = _timed(lambda: planner.plan(sink))[1]
-    needed, nodes = planner.demand(sink)
+    needed, nodes = planner.demand(sink), find_nodes(source, sink, cluster)
     groups = as_packed(needed)
     rows = [_row(WSYNC, cost_of_plan(plan, needed, nodes), plan, again_s)]
     for policy_name, policy in POLICIES.items():
@@ -78,7 +79,7 @@ def run_peers(case: PeerCase) -> tuple[PeerRow, ...]:
     """wsync and every installed planner on one case."""
     planner = Planner(case.source, case.cluster)
     plan, plan_s = _timed(lambda: planner.plan(case.sink))
-    groups, nodes = planner.demand(case.sink)
+    groups, nodes = planner.demand(case.sink), find_nodes(case.source, case.sink, case.cluster)
     versions = package_versions([p.package for p in PEERS])
     num_buckets = sum(plan.num_buckets(f) for f in plan.flows)
     cost = cost_of_plan(plan, groups, nodes)
