@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, doctor, keygen, plan, simulate
+from wsync.cli import bench, describe, doctor, keygen, plan, simulate
 from wsync.cli.output import EXIT_INTERRUPTED, exit_status, print_error
 from wsync.errors import WsyncError
 
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     bench.add_parser(commands)
+    describe.add_parser(commands)
     doctor.add_parser(commands)
     keygen.add_parser(commands)
     plan.add_parser(commands)

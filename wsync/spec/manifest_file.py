@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from wsync.errors import ConfigError, DigestError, ManifestError, WireError
+from wsync.errors import ConfigError, ManifestError, WireError
 from wsync.spec.box import Box
 from wsync.spec.manifest import (
     CopySpec,
@@ -142,8 +142,7 @@ def load_manifest(path: str | Path) -> SourceManifest | SinkManifest:
     Raises:
         ConfigError: it cannot be read, or is no manifest file.
         FormatVersionError: written by another version of wsync.
-        WireError: truncated, too long, or not what its header says; `DigestError` where bytes differ.
-        ManifestError: it refers to what it does not have.
+        ManifestError: truncated, too long, changed, or it refers to what it does not have.
     """
     try:
         data = Path(path).read_bytes()
@@ -179,13 +178,20 @@ def decode_manifest(data: bytes, name: str = "manifest") -> SourceManifest | Sin
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{name} ({len(data)} bytes) is not a manifest of version {FORMAT_VERSION}: {e}") from e
     if not newline or not 0 <= header.nbytes <= MAX_BODY_BYTES:
-        raise WireError(f"{name} says that it has {header.nbytes} bytes, allowed are {MAX_BODY_BYTES}")
+        raise ManifestError(f"{name} says that it has {header.nbytes} bytes, allowed are {MAX_BODY_BYTES}")
     body = _unpacked(data[len(line) + 1 :], header, name)
     if header.wsync_manifest == SOURCE:
-        return _unpack_source(decode(body, _Source), name)
+        return _unpack_source(_decoded(body, _Source, name), name)
     if header.wsync_manifest == SINK:
-        return _unpack_sink(decode(body, _Sink), name)
+        return _unpack_sink(_decoded(body, _Sink, name), name)
     raise ManifestError(f"{name} is of the kind {header.wsync_manifest!r}, known are {SOURCE} and {SINK}")
+
+
+def _decoded(body: bytes, kind: type[T], name: str) -> T:
+    try:
+        return decode(body, kind)
+    except WireError as e:
+        raise ManifestError(f"{name} is not what it says it is: {e.message}") from e
 
 
 def _unpacked(packed: bytes, header: Header, name: str) -> bytes:
@@ -193,12 +199,12 @@ def _unpacked(packed: bytes, header: Header, name: str) -> bytes:
     try:
         body = unpacker.decompress(packed, header.nbytes + 1)
     except zlib.error as e:
-        raise WireError(f"{name} does not unpack: {e}") from e
+        raise ManifestError(f"{name} does not unpack: {e}") from e
     if len(body) != header.nbytes or not unpacker.eof or unpacker.unused_data:
         more = "more" if len(body) > header.nbytes or unpacker.unused_data else "truncated"
-        raise WireError(f"{name} has {len(body)} bytes ({more}), its header says {header.nbytes}")
+        raise ManifestError(f"{name} has {len(body)} bytes ({more}), its header says {header.nbytes}")
     if _digest(body) != header.digest:
-        raise DigestError(f"{name} has the digest {_digest(body)}, its header says {header.digest}")
+        raise ManifestError(f"{name} has the digest {_digest(body)}, its header says {header.digest}")
     return body
 
 

@@ -12,6 +12,7 @@ from wsync.describe.parts import (
     LINEAR_OUT,
     LINEAR_QKV,
     LINEAR_Z,
+    NORM,
     OUT,
     Q_A,
     Q_B,
@@ -36,7 +37,9 @@ def recipe_of(tensor: TensorSpec, part: Part, recipe: str) -> str:
     quantised = part.kind in QUANTISED or (part.kind == INDEXER and tensor.name.endswith(_INDEXER))
     if quantised and not part.bias and len(tensor.shape) > 1:
         return recipe
-    return "bf16" if tensor.dtype == "bfloat16" or (tensor.dtype == "float32" and part.bias) else "raw"
+    # An engine keeps norms in bf16 whatever the checkpoint has, and what is one number for each head as it is.
+    in_bf16 = tensor.dtype == "bfloat16" or (tensor.dtype == "float32" and (part.bias or part.kind == NORM))
+    return "bf16" if in_bf16 else "raw"
 
 
 def check_recipe(recipe: str) -> None:

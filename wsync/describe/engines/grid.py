@@ -46,10 +46,10 @@ class Grid:
     and data parallel ranks together).
 
     Raises:
-        ConfigError: degrees that do not fit each other or the world.
+        ConfigError: degrees that do not fit each other.
     """
 
-    def __init__(self, layout: str, world: int) -> None:
+    def __init__(self, layout: str) -> None:
         degrees = Degrees(layout, KEYS)
         self.replicas, self.tp, self.pp = degrees.number("replicas"), degrees.number("tp"), degrees.number("pp")
         self.ep = degrees.number("ep")
@@ -58,10 +58,23 @@ class Grid:
         )
         self.placement = degrees.choice("placement", (LINEAR, ROUND_ROBIN))
         self.size = self.tp * self.dp * self.pp
-        degrees.check_world(world, self.size * self.replicas, "replicas * tp * dp * pp")
+        self._degrees = degrees
         self.moe_tp = divided(self.tp * self.dp, self.ep, "tp * dp", "ep")
         if "placement" in degrees and self.ep == 1:
             raise ConfigError(f"layout {layout!r} has a placement of experts, but ep=1")
+
+    def check_world(self, world: int) -> None:
+        """Refuse another number of ranks than all replicas have.
+
+        Raises:
+            ConfigError: with both values.
+        """
+        self._degrees.check_world(world, self.num_ranks, "replicas * tp * dp * pp")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas."""
+        return self.size * self.replicas
 
     def place(self, rank: int) -> Place:
         """Where that rank of a replica stands."""

@@ -32,7 +32,8 @@ def gather(tensors: tuple[TensorSpec, ...]) -> list[Module]:
     found: dict[str, Module] = {}
     for tensor in tensors:
         part = part_of(tensor.name)
-        stem = part.stem
+        # Outside of the layers every tensor is a module by itself: stages tell them apart.
+        stem = part.stem if part.layer is not None else tensor.name.rpartition(".")[0]
         if part.expert is not None:
             stem = stem[: stem.rindex(".experts.")] + ".experts"
         module = found.get(stem)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from wsync.describe.engines.choices import check_transposed, recipe_of
 from wsync.describe.engines.grid import Place
 from wsync.describe.engines.groups import Module
+from wsync.describe.engines.names import EXPERTS, engine_name
 from wsync.describe.engines.storages import Piece, Storages
 from wsync.describe.layout import divided
 from wsync.describe.models.facts import Facts
@@ -171,7 +172,10 @@ class RankBuilder:
 
     def _add(self, name: str, pieces: Sequence[Piece], part: Part, padded_elements: int = 0) -> None:
         recipe = recipe_of(pieces[0].tensor, part, self.recipe)
-        self.storages.add(name, pieces, recipe, padded_elements)
+        self._store(name, pieces, recipe, padded_elements)
+
+    def _store(self, name: str, pieces: Sequence[Piece], recipe: str, padded_elements: int = 0) -> None:
+        self.storages.add(engine_name(name, self.facts), pieces, recipe, padded_elements)
 
     def _add_fused(self, name: str, members: Sequence[tuple[TensorSpec, Part]]) -> None:
         if members[0][1].kind == Q and self.place.tp_size > 1:
@@ -194,7 +198,7 @@ class RankBuilder:
         if begin < end:
             box = replaced(Box.whole(tensor.shape), 0, begin, end)
             padding = (each - (end - begin)) * tensor.shape[1]
-            self.storages.add(tensor.name, [Piece(tensor, box)], "bf16", padding)
+            self._store(tensor.name, [Piece(tensor, box)], "bf16", padding)
 
     def _add_experts(self, module: Module, experts: Sequence[int]) -> None:
         """``w13 [E, 2I, h]`` and ``w2 [E, h, I]`` of the experts of this rank."""
@@ -207,8 +211,8 @@ class RankBuilder:
             w13 += [self._expert_piece(found[kind], 0) for kind in (GATE, UP)]
             w2.append(self._expert_piece(found[DOWN], 1))
             self._share_scale([found[GATE], found[UP]])
-        self.storages.add(f"{module.stem}.w13_weight", w13, self.recipe)
-        self.storages.add(f"{module.stem}.w2_weight", w2, self.recipe)
+        self._store(f"{module.stem}.{EXPERTS}.w13_weight", w13, self.recipe)
+        self._store(f"{module.stem}.{EXPERTS}.w2_weight", w2, self.recipe)
 
     def _expert_piece(self, tensor: TensorSpec, dim: int) -> Piece:
         whole = Box.whole(tensor.shape)
@@ -225,7 +229,7 @@ class RankBuilder:
     def _add_stacked(self, tensor: TensorSpec, part: Part, experts: Sequence[int]) -> None:
         """All experts in one checkpoint tensor."""
         leaf = ("w13" if part.kind == GATE_UP else "w2") + ("_bias" if part.bias else "_weight")
-        name = f"{part.stem}.{leaf}"
+        name = f"{part.stem}.{EXPERTS}.{leaf}"
         if part.bias:
             if part.kind == GATE_UP or self.place.moe_tp == 0:  # the engine adds the other one up: once
                 dims = self._moe_share(tensor, tensor.shape[1]) if part.kind == GATE_UP else (0, tensor.shape[1])
@@ -262,4 +266,4 @@ class RankBuilder:
             (Piece(tensor, Box((e, top, left), (1, *held))), slot * held[0] * held[1], (held[0] * held[1], 1, held[0]))
             for slot, e in enumerate(experts)
         ]
-        self.storages.add_strided(name, placed, tensor.dtype, "bf16")
+        self.storages.add_strided(engine_name(name, self.facts), placed, tensor.dtype, "bf16")

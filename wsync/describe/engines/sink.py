@@ -6,8 +6,9 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from wsync.describe.engines.advice import working_layouts
 from wsync.describe.engines.choices import check_recipe
-from wsync.describe.engines.grid import Grid, experts_of_rank, layers_of_stage
+from wsync.describe.engines.grid import ROUND_ROBIN, Grid, Place, experts_of_rank, layers_of_stage
 from wsync.describe.engines.groups import Module, gather
 from wsync.describe.engines.modules import RankBuilder
 from wsync.describe.engines.storages import PartBoxes, Storages
@@ -15,8 +16,8 @@ from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import EMBEDDING, OTHER
 from wsync.describe.trainers.fsdp import num_experts
 from wsync.describe.trainers.scheme import num_layers
-from wsync.errors import ConfigError, ManifestError
-from wsync.spec.manifest import CopySpec, RankInfo, SinkManifest, SinkRankManifest, StorageSpec, TensorSpec
+from wsync.errors import ConfigError, ManifestError, RecipeError
+from wsync.spec.manifest import CopySpec, RankInfo, SinkManifest, SinkRankManifest, StorageSpec
 
 
 def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: str) -> SinkManifest:
@@ -37,12 +38,18 @@ def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: 
         ManifestError: a matrix that the layout does not say how to cut.
     """
     check_recipe(recipe)
-    grid = Grid(layout, len(hosts))
+    grid = Grid(layout)
+    grid.check_world(len(hosts))
     total = num_experts(model)
     if grid.ep > max(total, 1):
         raise ConfigError(f"layout {layout!r} has ep={grid.ep}, but {model.name} has {total} experts")
+    if grid.placement == ROUND_ROBIN:
+        _check_groups(model, layout)
     with _no_collection():
-        ranks = _describe_replica(model, grid, recipe, total)
+        try:
+            ranks = _describe_replica(model, grid, recipe, total)
+        except RecipeError as e:
+            raise RecipeError(e.message, hint=_advice(model, grid, recipe, total) or e.hint) from e
     return SinkManifest(
         tuple(
             SinkRankManifest(
@@ -58,6 +65,36 @@ def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: 
             for i, host in enumerate(hosts)
         )
     )
+
+
+def _advice(model: ModelShape, grid: Grid, recipe: str, total: int) -> str:
+    def of_outer_ranks(other: Grid) -> None:
+        if other.ep > max(total, 1):
+            raise ConfigError(f"ep={other.ep}, but {total} experts")
+        _describe_replica(model, other, recipe, total, (0, other.size - 1))
+
+    found = working_layouts(grid, total > 0, of_outer_ranks)
+    return f"{recipe} fits these layouts of as many ranks: {' or '.join(found)}" if found else ""
+
+
+def engine_ranks(layout: str) -> int:
+    """How many ranks the replicas of a layout have together. Raises as `describe_sink`."""
+    return Grid(layout).num_ranks
+
+
+def _check_groups(model: ModelShape, layout: str) -> None:
+    """vLLM places experts of other models linearly, whatever it is told.
+
+    Source: vLLM ``determine_expert_placement_strategy``.
+    """
+    moe = None if model.facts is None else model.facts.moe
+    groups = 1 if moe is None else moe.num_groups
+    if groups < 2:
+        raise ConfigError(
+            f"layout {layout!r} has placement={ROUND_ROBIN}, which engines take for models with several groups of "
+            f"experts, but {model.name} has {groups}",
+            hint="leave placement out",
+        )
 
 
 class _Described:
@@ -82,36 +119,36 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _describe_replica(model: ModelShape, grid: Grid, recipe: str, total: int) -> list[_Described]:
-    modules = gather(_taken(model, grid.pp))
+def _describe_replica(
+    model: ModelShape, grid: Grid, recipe: str, total: int, ranks: Sequence[int] | None = None
+) -> list[_Described]:
+    modules = gather(tuple(t for t in model.tensors if t.alias_of is None))
+    tied = {t.alias_of for t in model.tensors}
     parts = PartBoxes()
     layers = num_layers(model)
     out = []
-    for rank in range(grid.size):
+    for rank in range(grid.size) if ranks is None else ranks:
         place = grid.place(rank)
         experts = experts_of_rank(total, place.ep, place.ep_size, grid.placement)
         builder = RankBuilder(model.facts, place, recipe, Storages(parts))
         stage = layers_of_stage(layers, place.pp, place.pp_size) if grid.pp > 1 else range(layers)
         for module in modules:
-            if _on_stage(module, stage, place.pp, place.pp_size):
+            if _on_stage(module, stage, place, tied):
                 builder.add(module, experts)
         out.append(_Described(builder.storages, builder.scale_groups))
     return out
 
 
-def _taken(model: ModelShape, stages: int) -> tuple[TensorSpec, ...]:
-    """Tied tensors are one memory, except where they are on different stages."""
-    return tuple(t for t in model.tensors if t.alias_of is None or stages > 1)
-
-
-def _on_stage(module: Module, stage: range, pp: int, pp_size: int) -> bool:
-    if pp_size == 1:
+def _on_stage(module: Module, stage: range, place: Place, tied: set[str | None]) -> bool:
+    """Whether a stage has a module; an embedding that is also the output layer is on the last stage, too."""
+    is_last = place.pp == place.pp_size - 1
+    if place.pp_size == 1:
         return True
     if module.layer is not None:
-        return module.layer in stage or (pp == pp_size - 1 and module.layer >= stage.stop)
+        return module.layer in stage or (is_last and module.layer >= stage.stop)
     kinds = {kind for kind, _ in module.by_kind}
     if kinds == {EMBEDDING}:
-        return pp == 0
+        return place.pp == 0 or (is_last and any(t.name in tied for t, _ in module.by_kind.values()))
     if OTHER in kinds:
-        raise ManifestError(f"{module.stem!r} is in no layer, and pp={pp_size} does not say which stage has it")
-    return pp == pp_size - 1
+        raise ManifestError(f"{module.stem!r} is in no layer, and pp={place.pp_size} does not say which stage has it")
+    return is_last

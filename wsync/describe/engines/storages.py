@@ -81,7 +81,12 @@ class PartBoxes:
 
 
 def _check_blocks(tensor: TensorSpec, box: Box, recipe: str) -> None:
-    """Engines refuse an edge inside of a block: its scale would belong to two ranks."""
+    """Refuse an edge inside of a block: its scale would belong to two ranks.
+
+    Source: vLLM ``validate_fp8_block_shape`` refuses a cut of the inputs, and the loaders of fused projections fail at
+    one of the outputs. For experts its Triton kernels take finer blocks (``refine_fp8_moe_block_shape``) and others
+    take padding: layouts that depend on the kernel and are not described here.
+    """
     for level in get_recipe(recipe).levels:
         for dim, step in zip((-2, -1), level.block, strict=True):
             if step == WHOLE:

@@ -14,17 +14,25 @@ class Builtin(NamedTuple):
     Attributes:
         config: the keys of its ``config.json`` that names and shapes follow from.
         repo: of the checkpoint on the Hugging Face hub.
-        num_parameters: as published, in billions, without layers that predict further tokens.
+        num_parameters: as published elsewhere, without layers that predict further tokens.
+        confirmed: by what, other than the config itself.
     """
 
     config: Mapping[str, Any]
     repo: str
-    num_parameters: float
+    num_parameters: int
+    confirmed: str
 
     @property
     def source(self) -> str:
-        """Where the numbers are published."""
-        return f"{_HUB}/{self.repo}/blob/main/config.json"
+        """Where the numbers are published, and what confirms them."""
+        return f"{_HUB}/{self.repo}/blob/main/config.json; {self.confirmed}"
+
+
+_KERAS = "number of parameters as in Keras Hub's presets"
+_HUB_COUNT = "number of parameters as the hub counts it, sizes as in meta-llama/llama-models"
+_FIREWORKS = "number of parameters as in Fireworks' list of models"
+_DEFAULTS = "sizes as transformers' defaults of this type"
 
 
 def _qwen3(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, **more: Any) -> dict[str, Any]:
@@ -72,6 +80,7 @@ _DEEPSEEK_V3: dict[str, Any] = {
     "num_key_value_heads": 128,
     "n_shared_experts": 1,
     "n_routed_experts": 256,
+    "n_group": 8,
     "first_k_dense_replace": 3,
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
@@ -88,6 +97,7 @@ _KIMI_K2: dict[str, Any] = {
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
     "n_routed_experts": 384,
+    "n_group": 1,
     "first_k_dense_replace": 1,
 }
 
@@ -156,6 +166,7 @@ _MAGISTRAL_SMALL: dict[str, Any] = {
 }
 
 _QWEN3_5_397B: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
     "model_type": "qwen3_5_moe_text",
     "vocab_size": 248320,
     "hidden_size": 4096,
@@ -175,20 +186,39 @@ _QWEN3_5_397B: dict[str, Any] = {
 }
 
 BUILTIN: dict[str, Builtin] = {
-    "Qwen3-0.6B": Builtin(_qwen3(28, 1024, 16, 8, 3072, tie_word_embeddings=True), "Qwen/Qwen3-0.6B", 0.6),
-    "Qwen3-32B": Builtin(_qwen3(64, 5120, 64, 8, 25600), "Qwen/Qwen3-32B", 32.8),
-    "Qwen3-30B-A3B": Builtin(_qwen3_moe(48, 2048, 32, 6144, 768), "Qwen/Qwen3-30B-A3B", 30.5),
-    "Qwen3-235B-A22B": Builtin(_qwen3_moe(94, 4096, 64, 12288, 1536), "Qwen/Qwen3-235B-A22B", 235),
-    "Qwen3.5-397B-A17B": Builtin(_QWEN3_5_397B, "Qwen/Qwen3.5-397B-A17B", 397),
-    "DeepSeek-V3": Builtin(_DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3", 671),
-    "Kimi-K2": Builtin(_KIMI_K2, "moonshotai/Kimi-K2-Instruct", 1000),
-    "GLM-4.5": Builtin(_GLM_4_5, "zai-org/GLM-4.5", 355),
-    "GLM-5": Builtin(_GLM_5, "zai-org/GLM-5", 744),
-    "Llama-3-8B": Builtin(_llama3(32, 4096, 32, 14336), "meta-llama/Meta-Llama-3-8B", 8.03),
-    "Llama-3-70B": Builtin(_llama3(80, 8192, 64, 28672), "meta-llama/Meta-Llama-3-70B", 70.6),
-    "Llama-3-405B": Builtin(_llama3(126, 16384, 128, 53248), "meta-llama/Llama-3.1-405B", 406),
-    "gpt-oss-120b": Builtin(_GPT_OSS_120B, "openai/gpt-oss-120b", 116.8),
-    "Magistral-Small": Builtin(_MAGISTRAL_SMALL, "mistralai/Magistral-Small-2506", 23.6),
+    "Qwen3-0.6B": Builtin(
+        _qwen3(28, 1024, 16, 8, 3072, tie_word_embeddings=True), "Qwen/Qwen3-0.6B", 596_049_920, _KERAS
+    ),
+    "Qwen3-32B": Builtin(_qwen3(64, 5120, 64, 8, 25600), "Qwen/Qwen3-32B", 32_762_123_264, _KERAS),
+    "Qwen3-30B-A3B": Builtin(_qwen3_moe(48, 2048, 32, 6144, 768), "Qwen/Qwen3-30B-A3B", 30_532_122_624, _KERAS),
+    "Qwen3-235B-A22B": Builtin(_qwen3_moe(94, 4096, 64, 12288, 1536), "Qwen/Qwen3-235B-A22B", 235_093_634_560, _KERAS),
+    "Qwen3.5-397B-A17B": Builtin(
+        _QWEN3_5_397B,
+        "Qwen/Qwen3.5-397B-A17B",
+        396_346_350_336,
+        "text decoder alone; number of tensors, parameters and bytes as in a public audit of the headers of its files",
+    ),
+    "DeepSeek-V3": Builtin(_DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3", 671_026_419_200, f"{_FIREWORKS}, {_DEFAULTS}"),
+    "Kimi-K2": Builtin(
+        _KIMI_K2,
+        "moonshotai/Kimi-K2-Instruct",
+        1_026_408_232_448,
+        f"{_FIREWORKS}, and in a public audit of the headers of its files",
+    ),
+    "GLM-4.5": Builtin(
+        _GLM_4_5, "zai-org/GLM-4.5", 352_797_829_024, f"{_FIREWORKS}, sizes as in slime's glm4.5-355B-A32B.sh"
+    ),
+    "GLM-5": Builtin(_GLM_5, "zai-org/GLM-5", 743_911_218_432, f"{_FIREWORKS}, {_DEFAULTS}"),
+    "Llama-3-8B": Builtin(_llama3(32, 4096, 32, 14336), "meta-llama/Meta-Llama-3-8B", 8_030_261_248, _HUB_COUNT),
+    "Llama-3-70B": Builtin(_llama3(80, 8192, 64, 28672), "meta-llama/Meta-Llama-3-70B", 70_553_706_496, _HUB_COUNT),
+    "Llama-3-405B": Builtin(_llama3(126, 16384, 128, 53248), "meta-llama/Llama-3.1-405B", 405_853_388_800, _HUB_COUNT),
+    "gpt-oss-120b": Builtin(
+        _GPT_OSS_120B,
+        "openai/gpt-oss-120b",
+        116_829_156_672,
+        f"number of parameters as Ollama counts it, sizes as in openai/gpt-oss gpt_oss/torch/model.py, {_DEFAULTS}",
+    ),
+    "Magistral-Small": Builtin(_MAGISTRAL_SMALL, "mistralai/Magistral-Small-2506", 23_572_403_200, _KERAS),
 }
 """Name -> model. The text decoder only where the checkpoint also has a vision tower."""
 

@@ -16,16 +16,18 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 """Names below a prefix, with their shapes."""
 
 CORRECTION_BIAS = "e_score_correction_bias"
+_IN_F32 = ("linear_attn.A_log", "linear_attn.norm.weight")
+"""Parameters that published checkpoints keep in f32. Source: the headers of Qwen3.5-397B-A17B's files."""
 
 
 def decoder_tensors(facts: Facts, *, mtp: bool = False) -> tuple[TensorSpec, ...]:
-    """All tensors of a checkpoint, in bf16, in the order of its layers.
+    """All tensors of a checkpoint, in bf16 but for a few, in the order of its layers.
 
     Args:
         facts: of the model.
         mtp: also the layers that predict further tokens, which most trainers and engines leave out.
     """
-    prefix = "model.language_model." if facts.family == "qwen3_5_moe_text" else "model."
+    prefix = facts.prefix
     embedding = prefix + "embed_tokens.weight"
     shape = (facts.vocab, facts.hidden)
     found = [TensorSpec(embedding, shape, DTYPE)]
@@ -43,7 +45,7 @@ def _specs(prefix: str, shapes: Shapes) -> Iterator[TensorSpec]:
         if name.endswith(CORRECTION_BIAS):
             yield TensorSpec(prefix + name, shape, "float32", kind=BUFFER)
         else:
-            yield TensorSpec(prefix + name, shape, DTYPE, kind=PARAMETER)
+            yield TensorSpec(prefix + name, shape, "float32" if name in _IN_F32 else DTYPE, kind=PARAMETER)
 
 
 def _layer(facts: Facts, layer: int) -> Shapes:

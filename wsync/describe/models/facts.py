@@ -9,6 +9,9 @@ import msgspec
 
 from wsync.errors import ConfigError
 
+PREFIX, NESTED = "model.", "model.language_model."
+"""What names of a decoder begin with: alone, and in a checkpoint that also has a vision tower."""
+
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 16
 MAX_SIZE = 1 << 31
@@ -60,6 +63,7 @@ class Moe(msgspec.Struct, frozen=True):
         shared_dim: intermediate size of the shared one; 0 for none.
         first_dense: layers before the first mixture.
         router_bias: the router has a correction bias that is no parameter.
+        num_groups: of experts, of which the router chooses some first; 1 for none.
     """
 
     num_experts: int
@@ -67,6 +71,7 @@ class Moe(msgspec.Struct, frozen=True):
     shared_dim: int = 0
     first_dense: int = 0
     router_bias: bool = False
+    num_groups: int = 1
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -80,6 +85,7 @@ class Facts(msgspec.Struct, frozen=True):
         qk_norm: heads of queries and keys are normalised.
         gated: ``q_proj`` also makes a gate of the output, head by head.
         mtp_layers: layers that predict further tokens, behind the others.
+        prefix: of the names of all layers.
     """
 
     family: str
@@ -99,6 +105,7 @@ class Facts(msgspec.Struct, frozen=True):
     moe: Moe | None = None
     mla: Mla | None = None
     linear: LinearAttention | None = None
+    prefix: str = PREFIX
 
     def is_moe(self, layer: int) -> bool:
         """Whether that layer routes tokens to experts."""
@@ -125,6 +132,8 @@ FAMILIES: dict[str, str] = {
 }
 """``model_type`` of a config -> the family whose names and shapes it has."""
 
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+"""Keys of the number of experts: each family has its own, and transformers 5 writes the last one for all of them."""
 _OUTPUT_BIAS = ("llama", "qwen3", "qwen3_moe", "gpt_oss")
 """Families whose ``attention_bias`` is also that of the output projection."""
 _HEAD_NORMS = ("qwen3", "qwen3_moe", "qwen3_5_moe_text")
@@ -169,9 +178,16 @@ def read_facts(config: Mapping[str, Any], where: str) -> Facts | None:
         moe=_read_moe(family, read),
         mla=_read_mla(family, read),
         linear=_read_linear(read) if family == "qwen3_5_moe_text" else None,
+        prefix=NESTED if _is_nested(config) else PREFIX,
     )
     _check(facts, where)
     return facts
+
+
+def _is_nested(config: Mapping[str, Any]) -> bool:
+    """Whether the config is that of the decoder of a model with a vision tower."""
+    architectures = config.get("architectures")
+    return isinstance(architectures, list) and any("ConditionalGeneration" in str(name) for name in architectures)
 
 
 class _Reader:
@@ -190,6 +206,11 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= limit:
             raise ConfigError(f"{self.where} has {key} {value!r}, allowed are whole numbers from {least} to {limit}")
         return value
+
+    def first(self, keys: tuple[str, ...], *, limit: int = MAX_SIZE) -> int:
+        """The number of the first of these keys that is there."""
+        found = [key for key in keys if self.config.get(key) is not None]
+        return self.size(found[0] if found else keys[0], limit=limit)
 
     def flag(self, key: str, *, default: bool) -> bool:
         value = self.config.get(key)
@@ -213,20 +234,21 @@ def _read_moe(family: str, read: _Reader) -> Moe | None:
     if family in ("deepseek_v3", "glm_moe_dsa", "glm4_moe"):
         expert_dim = read.size("moe_intermediate_size")
         return Moe(
-            num_experts=read.size("n_routed_experts", limit=MAX_EXPERTS),
+            num_experts=read.first(_EXPERTS, limit=MAX_EXPERTS),
             expert_dim=expert_dim,
             shared_dim=expert_dim * read.size("n_shared_experts", default=0, limit=MAX_EXPERTS, least=0),
             first_dense=read.size("first_k_dense_replace", default=0, limit=MAX_LAYERS, least=0),
             router_bias=True,
+            num_groups=read.size("n_group", default=1, limit=MAX_EXPERTS),
         )
     if family in ("qwen3_moe", "qwen3_5_moe_text"):
         return Moe(
-            num_experts=read.size("num_experts", limit=MAX_EXPERTS),
+            num_experts=read.first(_EXPERTS, limit=MAX_EXPERTS),
             expert_dim=read.size("moe_intermediate_size"),
             shared_dim=read.size("shared_expert_intermediate_size", default=0, least=0),
         )
     if family == "gpt_oss":
-        return Moe(read.size("num_local_experts", limit=MAX_EXPERTS), read.size("intermediate_size"))
+        return Moe(read.first(_EXPERTS, limit=MAX_EXPERTS), read.size("intermediate_size"))
     return None
 
 

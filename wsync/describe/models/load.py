@@ -74,7 +74,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not the JSON of a config: {e}") from e
     text = config.get("text_config")
     if isinstance(text, dict) and str(text.get("model_type")).endswith("_text"):
-        return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+        outer = {key: config[key] for key in ("tie_word_embeddings", "architectures") if key in config}
+        return {**text, **outer}
     return config
 
 

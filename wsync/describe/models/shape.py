@@ -32,6 +32,15 @@ class ModelShape(msgspec.Struct, frozen=True):
         return sum(math.prod(t.shape) for t in self.tensors if t.alias_of is None)
 
     @property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """Bytes of the tensors of each dtype, tied ones once."""
+        found: dict[str, int] = {}
+        for t in self.tensors:
+            if t.alias_of is None:
+                found[t.dtype] = found.get(t.dtype, 0) + math.prod(t.shape) * itemsize(t.dtype)
+        return dict(sorted(found.items()))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, tied ones once."""
-        return sum(math.prod(t.shape) * itemsize(t.dtype) for t in self.tensors if t.alias_of is None)
+        return sum(self.bytes_by_dtype.values())

@@ -10,6 +10,7 @@ cut by rows where there are more ranks than experts) and ``generate_llm_fqn_per_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 from wsync.describe.intervals import Interval, Split, chunk_bounds, local_intervals
@@ -70,8 +71,7 @@ class Fsdp:
     def __init__(self, model: ModelShape, degrees: Degrees, world: int) -> None:
         self.fsdp, self.tp = degrees.number("fsdp"), degrees.number("tp")
         self.replicate, self.pp = degrees.number("replicate"), degrees.number("pp")
-        factors = "pp * replicate * fsdp * tp"
-        degrees.check_world(world, self.pp * self.replicate * self.fsdp * self.tp, factors)
+        degrees.check_world(world, num_ranks(degrees), "pp * replicate * fsdp * tp")
         self.ep, self.etp = degrees.number("ep"), degrees.number("etp")
         self.inner = self.fsdp * self.tp
         self.stacked = "ep" in degrees or degrees.choice("experts", ("separate", "stacked")) == "stacked"
@@ -161,6 +161,11 @@ class Fsdp:
         if part.stacked and self.etp > 1:
             raise ConfigError(f"etp={self.etp} cuts single experts, but the checkpoint stacks them")
         return 0 if part.kind in (GATE, UP, GATE_UP) else None if part.bias else 1
+
+
+def num_ranks(degrees: Degrees) -> int:
+    """The world of a layout."""
+    return math.prod(degrees.number(key) for key in ("pp", "replicate", "fsdp", "tp"))
 
 
 def num_experts(model: ModelShape) -> int:

@@ -9,6 +9,7 @@ Source: Megatron-LM ``RankGenerator`` (order), ``get_transformer_layer_offset`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 from wsync.describe.intervals import Interval
@@ -106,6 +107,14 @@ class Megatron:
 
     def _ep_of(self, expert: int) -> int:
         return expert // (self.num_experts // self.ep)
+
+
+def num_ranks(degrees: Degrees) -> int:
+    """The world of a layout; without ``dp`` the smallest that its groups of experts fit into."""
+    inner, outer = degrees.number("tp") * degrees.number("cp"), degrees.number("pp")
+    ep = degrees.number("ep")
+    experts = ep * degrees.number("etp", default=degrees.number("tp") if ep == 1 else 1)
+    return outer * inner * (degrees.number("dp") if "dp" in degrees else math.lcm(inner, experts) // inner)
 
 
 def stage_of_layers(

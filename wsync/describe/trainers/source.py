@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from msgspec import structs
 
@@ -18,7 +18,9 @@ from wsync.errors import ConfigError, MissingTensorError
 from wsync.spec.dtypes import itemsize
 from wsync.spec.manifest import PARAMETER, RankInfo, SourceManifest, TensorSpec
 
-TRAINERS: dict[str, Keys] = {"FSDP2": fsdp.KEYS, "Megatron-Core": megatron.KEYS, "ZeRO-3": zero3.KEYS}
+_FSDP, _MEGATRON, _ZERO3 = "FSDP2", "Megatron-Core", "ZeRO-3"
+
+TRAINERS: dict[str, Keys] = {_FSDP: fsdp.KEYS, _MEGATRON: megatron.KEYS, _ZERO3: zero3.KEYS}
 """Name of a layout's family -> its keys."""
 
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -65,15 +67,33 @@ def describe_source(model: ModelShape, layout: str, hosts: Sequence[str], dtype:
     return SourceManifest(ranks, tensors, tuple(shards))
 
 
+def trainer_ranks(layout: str) -> int:
+    """How many ranks a layout has; one of Megatron-Core without ``dp`` has the fewest that fit.
+
+    Raises:
+        ConfigError: a layout that is malformed.
+    """
+    family, degrees = _family(layout)
+    return {_FSDP: fsdp.num_ranks, _MEGATRON: megatron.num_ranks, _ZERO3: zero3.num_ranks}[family](degrees)
+
+
 def _scheme(model: ModelShape, layout: str, world: int) -> Scheme:
     if not world:
         raise ConfigError("a trainer needs at least 1 rank, got 0 hosts")
+    family, degrees = _family(layout)
+    makers: dict[str, Callable[[ModelShape, Degrees, int], Scheme]]
+    makers = {_FSDP: Fsdp, _MEGATRON: Megatron, _ZERO3: Zero3}
+    return makers[family](model, degrees, world)
+
+
+def _family(layout: str) -> tuple[str, Degrees]:
     named = {pair.partition("=")[0].strip() for pair in layout.split(",")}
-    if "zero3" in named:
-        return Zero3(model, Degrees(layout, zero3.KEYS), world)
-    if named & {"fsdp", "replicate"}:
-        return Fsdp(model, Degrees(layout, fsdp.KEYS), world)
-    return Megatron(model, Degrees(layout, {**megatron.KEYS}), world)
+    unknown = [key for key in named if key and not any(key in keys for keys in TRAINERS.values())]
+    if unknown:
+        known = "; ".join(f"{name} has {', '.join(keys)}" for name, keys in TRAINERS.items())
+        raise ConfigError(f"layout {layout!r} has the unknown key {sorted(unknown)[0]!r}: {known}")
+    family = _ZERO3 if "zero3" in named else _FSDP if named & {"fsdp", "replicate"} else _MEGATRON
+    return family, Degrees(layout, TRAINERS[family])
 
 
 def _in_dtype(tensor: TensorSpec, dtype: str) -> TensorSpec:

@@ -30,7 +30,7 @@ class Zero3:
 
     def __init__(self, model: ModelShape, degrees: Degrees, world: int) -> None:
         self.ranks, self.replicate = degrees.number("zero3"), degrees.number("replicate")
-        degrees.check_world(world, self.ranks * self.replicate, "zero3 * replicate")
+        degrees.check_world(world, num_ranks(degrees), "zero3 * replicate")
 
     def key(self, tensor: TensorSpec, part: Part) -> Hashable:
         """Equal for tensors that are laid out alike."""
@@ -40,3 +40,8 @@ class Zero3:
         """Who holds what; the padding is nobody's."""
         each = -(-math.prod(tensor.shape) // self.ranks)
         return tuple(flat_range(tensor.shape, r * each, (r + 1) * each) for r in range(self.ranks)) * self.replicate
+
+
+def num_ranks(degrees: Degrees) -> int:
+    """The world of a layout."""
+    return degrees.number("zero3") * degrees.number("replicate")

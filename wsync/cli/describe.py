@@ -1,0 +1,233 @@
+"""``wsync describe``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from wsync import __version__
+from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
+from wsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsync.describe import ModelShape, Summary
+    from wsync.spec.manifest import SinkManifest, SourceManifest
+
+FORMAT_VERSION = 1
+TRAINER, ENGINE = "trainer", "engine"
+MAX_HOSTS_BYTES = 64 << 20
+_TABLE_WIDTH = 100
+
+_DESCRIPTION = """Describes one side of a sync without running it: what every rank of a trainer holds, or what every
+rank of an engine's replicas needs and where in its memory that goes. The manifest goes to `wsync plan` and `wsync
+simulate`. Without --trainer and --engine: the model alone."""
+
+_EPILOG = """layouts are key=value pairs, such as fsdp=32,tp=8 (FSDP2), tp=8,pp=4,ep=32 (Megatron-Core), zero3=64 and,
+of an engine, tp=8,ep=8,replicas=4. docs/guides/describe.md has all keys."""
+
+
+class ModelReport(msgspec.Struct, frozen=True):
+    """A model.
+
+    Attributes:
+        name: of the model.
+        num_tensors: tied ones once.
+        num_parameters: elements of all tensors.
+        nbytes: of all tensors.
+        bytes_by_dtype: dtype -> bytes.
+        source: where the facts are from.
+    """
+
+    name: str
+    num_tensors: int
+    num_parameters: int
+    nbytes: int
+    bytes_by_dtype: dict[str, int]
+    source: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What ``wsync describe --json`` writes.
+
+    Attributes:
+        format_version: of this report.
+        wsync: version.
+        model: the model.
+        side: ``trainer``, ``engine`` or None.
+        layout: as it was given.
+        recipe: of the engine's weights, or None.
+        summary: sums over the side's ranks, or None.
+        manifest: the file that was written, or None.
+        manifest_bytes: its size.
+    """
+
+    format_version: int
+    wsync: str
+    model: ModelReport
+    side: str | None
+    layout: str | None
+    recipe: str | None
+    summary: Summary | None
+    manifest: str | None
+    manifest_bytes: int
+
+
+class ListReport(msgspec.Struct, frozen=True):
+    """What ``wsync describe --list --json`` writes."""
+
+    format_version: int
+    wsync: str
+    models: list[ModelReport]
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``describe``."""
+    parser = commands.add_parser(
+        "describe",
+        help="the manifest of a trainer or of engines, from a model and a parallel layout",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a built-in model, a config.json, a safetensors file or index, or a folder of them",
+    )
+    side = parser.add_mutually_exclusive_group()
+    side.add_argument("--trainer", metavar="LAYOUT", help="describe a trainer")
+    side.add_argument("--engine", metavar="LAYOUT", help="describe the replicas of an engine")
+    side.add_argument("--list", action="store_true", help="the built-in models")
+    parser.add_argument("--recipe", metavar="NAME", help="of the engine's linear weights (default: bf16)")
+    parser.add_argument("--dtype", metavar="NAME", help="of the trainer's parameters (default: bfloat16)")
+    parser.add_argument("--mtp", action="store_true", help="with the layers that predict further tokens")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a host (default: 8)")
+    parser.add_argument("--host-prefix", metavar="TEXT", help="hosts are TEXT0, TEXT1, ... (default: t, or e)")
+    parser.add_argument("--hosts", metavar="FILE", help="names of the hosts instead, a line for each rank or node")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the manifest")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the sums as JSON (-: to stdout)")
+    parser.set_defaults(run=run_describe)
+
+
+def run_describe(args: argparse.Namespace) -> int:
+    """Describe, write the manifest, print the sums. Nothing is written unless all of it worked."""
+    _check(args)
+    if args.list:
+        _list(args.json)
+        return EXIT_OK
+    from wsync.describe import load_model, save_manifest, summarise
+
+    model = load_model(args.model, mtp=args.mtp)
+    manifest = _manifest(args, model)
+    report = Report(
+        format_version=FORMAT_VERSION,
+        wsync=__version__,
+        model=_model_report(model),
+        side=TRAINER if args.trainer else ENGINE if args.engine else None,
+        layout=args.trainer or args.engine,
+        recipe=(args.recipe or "bf16") if args.engine else None,
+        summary=None if manifest is None else summarise(manifest),
+        manifest=args.output,
+        manifest_bytes=0,
+    )
+    if args.output is not None and manifest is not None:
+        save_manifest(manifest, args.output)
+        report = msgspec.structs.replace(report, manifest_bytes=Path(args.output).stat().st_size)
+    if args.json:
+        write_json(report, args.json)
+    if args.json != "-":
+        _print(report)
+    return EXIT_OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.model is None and not args.list:
+        raise ConfigError("describe needs a MODEL", hint="wsync describe --list has the built-in ones")
+    if args.output is not None and not (args.trainer or args.engine):
+        raise ConfigError(f"-o {args.output}: a model alone has no manifest", hint="give --trainer or --engine")
+    if args.recipe is not None and not args.engine:
+        raise ConfigError(f"--recipe {args.recipe} is for --engine: a trainer's tensors have no recipe")
+    if args.dtype is not None and not args.trainer:
+        raise ConfigError(f"--dtype {args.dtype} is for --trainer: the recipe says what an engine holds")
+    if args.gpus_per_node < 1:
+        raise ConfigError(f"--gpus-per-node is {args.gpus_per_node}, allowed are numbers from 1")
+    check_writable(args.output, "-o")
+    check_writable(args.json, "--json")
+
+
+def _manifest(args: argparse.Namespace, model: ModelShape) -> SourceManifest | SinkManifest | None:
+    from wsync.describe import describe_sink, describe_source, engine_ranks, trainer_ranks
+
+    if args.trainer:
+        hosts = _hosts(args, trainer_ranks(args.trainer), "t")
+        return describe_source(model, args.trainer, hosts, args.dtype or "bfloat16")
+    if args.engine:
+        hosts = _hosts(args, engine_ranks(args.engine), "e")
+        return describe_sink(model, args.engine, hosts, args.recipe or "bf16")
+    return None
+
+
+def _hosts(args: argparse.Namespace, num_ranks: int, default_prefix: str) -> list[str]:
+    """The host of each rank."""
+    each = args.gpus_per_node
+    if args.hosts is None:
+        prefix = default_prefix if args.host_prefix is None else args.host_prefix
+        return [f"{prefix}{rank // each}" for rank in range(num_ranks)]
+    if args.host_prefix is not None:
+        raise ConfigError(f"--host-prefix {args.host_prefix} and --hosts {args.hosts} both name the hosts")
+    names = _read_hosts(Path(args.hosts))
+    num_nodes = -(-num_ranks // each)
+    if len(names) == num_nodes:
+        return [names[rank // each] for rank in range(num_ranks)]
+    # A layout may leave open how many ranks there are: then the file says it, and the layout refuses what does not fit.
+    if len(names) < num_nodes:
+        raise ConfigError(
+            f"{args.hosts} has {len(names)} hosts, but the layout has {num_ranks} ranks on {num_nodes} nodes of {each}"
+        )
+    return names
+
+
+def _read_hosts(path: Path) -> list[str]:
+    try:
+        if path.stat().st_size > MAX_HOSTS_BYTES:
+            raise ConfigError(f"{path} has {path.stat().st_size} bytes, allowed are {MAX_HOSTS_BYTES}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not a list of hosts: {e}") from e
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _model_report(model: ModelShape) -> ModelReport:
+    return ModelReport(
+        name=model.name,
+        num_tensors=sum(t.alias_of is None for t in model.tensors),
+        num_parameters=model.num_parameters,
+        nbytes=model.nbytes,
+        bytes_by_dtype=model.bytes_by_dtype,
+        source=model.source,
+    )
+
+
+def _list(target: str | None) -> None:
+    from wsync.describe import known_models, load_model
+
+    models = [_model_report(load_model(name)) for name, _, _ in known_models()]
+    if target:
+        write_json(ListReport(FORMAT_VERSION, __version__, models), target)
+    if target != "-":
+        from wsync.cli.describe_tables import print_models
+
+        print_models(models)
+
+
+def _print(report: Report) -> None:
+    from wsync.cli.describe_tables import report_table
+
+    stdout_console(_TABLE_WIDTH).print(report_table(report))
