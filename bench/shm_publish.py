@@ -1,10 +1,11 @@
-"""Publishes of plain tensors over shared memory, between processes of this machine: what the simulator is held against."""
+"""Publishes of plain tensors over shared memory between processes: what the simulator is held against."""
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 ROWS, COLUMNS = 1024, 2048
 """Of every tensor: 4 MiB of bf16."""
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
+IDLE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -32,34 +34,63 @@ class Layout:
     recipe: str = "fp8_block128"
 
 
-def measure(layout: Layout, repeats: int) -> list[dict[str, Any]]:
-    """The reports of ``repeats`` publishes after one that warms up: seconds by phase and bytes."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+class Job:
+    """Processes that publish when they are told to, and sleep meanwhile. Leave it with ``close``."""
+
+    def __init__(self, layout: Layout, folder: Path) -> None:
         import wsync
 
-        key_file = str(wsync.new_key_file(Path(folder) / "wsync.key"))
-        port = _free_port()
-        store = f"tcp://127.0.0.1:{port}"
-        parent, child = context.Pipe()
-        ranks = [
-            context.Process(target=_train, args=(layout, rank, store, key_file, repeats, child if rank == 0 else None))
-            for rank in range(layout.num_trainers)
-        ]
-        engines = [
-            context.Process(target=_serve, args=(layout, i, store, key_file, repeats))
-            for i in range(layout.num_replicas)
-        ]
-        for process in (*ranks, *engines):
+        context = multiprocessing.get_context("spawn")
+        key_file = str(wsync.new_key_file(folder / f"{id(layout)}.key"))
+        store = f"tcp://127.0.0.1:{_free_port()}"
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(layout.num_trainers):
+            pipe, child = context.Pipe()
+            self._pipes.append(pipe)
+            self._processes.append(context.Process(target=_train, args=(layout, rank, store, key_file, child)))
+        for i in range(layout.num_replicas):
+            self._processes.append(context.Process(target=_serve, args=(layout, i, store, key_file), daemon=True))
+        for process in self._processes:
             process.start()
+
+    def publish(self) -> dict[str, Any]:
+        """The report of one publish: seconds by phase, and bytes."""
+        for pipe in self._pipes:
+            pipe.send(True)
+        reports = [pipe.recv() for pipe in self._pipes]
+        return dict(reports[0])
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.send(False)
+        for process in self._processes[: len(self._pipes)]:
+            process.join(DEADLINE_S)
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def measure_together(
+    layouts: dict[str, Layout], repeats: int, between: Callable[[], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """The reports of ``repeats`` publishes of each layout, after two that warm up.
+
+    Layouts and ``between`` take turns, so that what else the machine does meanwhile is the same for all.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = {name: Job(layout, Path(folder)) for name, layout in layouts.items()}
         try:
-            reports = parent.recv()
+            rounds = []
+            for _ in range(repeats + 2):
+                rounds.append({name: job.publish() for name, job in jobs.items()})
+                between()
         finally:
-            for process in (*ranks, *engines):
-                process.join(DEADLINE_S)
-                if process.is_alive():
-                    process.kill()
-    return list(reports)
+            for job in jobs.values():
+                job.close()
+    return {name: [one[name] for one in rounds[2:]] for name in layouts}
 
 
 def _free_port() -> int:
@@ -79,7 +110,7 @@ def _tensors(layout: Layout) -> dict[str, Any]:
     return {f"layer{i}.weight": block.clone() for i in range(layout.num_tensors)}
 
 
-def _train(layout: Layout, rank: int, store: str, key_file: str, repeats: int, pipe: Connection | None) -> None:
+def _train(layout: Layout, rank: int, store: str, key_file: str, pipe: Connection) -> None:
     import wsync
 
     with wsync.Source(
@@ -91,19 +122,17 @@ def _train(layout: Layout, rank: int, store: str, key_file: str, repeats: int, p
         transport="shm",
         recipe=layout.recipe,
         num_threads=1,
+        join_deadline_s=DEADLINE_S,
     ) as source:
-        reports = []
-        for version in range(1, repeats + 2):
+        version = 0
+        while pipe.recv():
+            version += 1
             report = source.publish(version, min_replicas=layout.num_replicas, deadline_s=DEADLINE_S).wait_committed()
-            time.sleep(0.05)  # engines go back to waiting
-            reports.append(
-                {"seconds": report.seconds, "wire_bytes": report.wire_bytes, "sink_bytes": report.sink_bytes}
-            )
-        if pipe is not None:
-            pipe.send(reports[1:])
+            time.sleep(0.02)  # engines go back to waiting
+            pipe.send({"seconds": report.seconds, "wire_bytes": report.wire_bytes})
 
 
-def _serve(layout: Layout, idx: int, store: str, key_file: str, repeats: int) -> None:
+def _serve(layout: Layout, idx: int, store: str, key_file: str) -> None:
     import torch
 
     import wsync
@@ -117,20 +146,8 @@ def _serve(layout: Layout, idx: int, store: str, key_file: str, repeats: int) ->
             live[name + "_scale_inv"] = torch.zeros(ROWS // 128, COLUMNS // 128)
         else:
             live[name] = torch.zeros_like(tensor)
-    with wsync.Sink(live, store=store, key_file=key_file, replica=f"engine-{idx}", num_threads=1) as sink:
-        for _ in range(repeats + 1):
-            sink.commit(sink.prepare(DEADLINE_S))
-
-
-if __name__ == "__main__":
-    for layout in (
-        Layout(1),
-        Layout(32),
-        Layout(96),
-        Layout(32, 2, 1),
-        Layout(32, 1, 2),
-        Layout(32, recipe="bf16"),
-        Layout(96, 1, 2, "bf16"),
-    ):
-        for report in measure(layout, 3):
-            print(layout, {k: round(v, 4) for k, v in report["seconds"].items()}, report["wire_bytes"])
+    with wsync.Sink(
+        live, store=store, key_file=key_file, replica=f"engine-{idx}", num_threads=1, join_deadline_s=DEADLINE_S
+    ) as sink:
+        while True:
+            sink.commit(sink.prepare(IDLE_S))

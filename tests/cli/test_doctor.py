@@ -27,6 +27,7 @@ NAMES = [
     "NIXL",
     "transformers",
     "safetensors",
+    "nvidia-ml-py",
     "matplotlib",
 ]
 

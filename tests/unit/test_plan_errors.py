@@ -289,7 +289,9 @@ def test_a_cluster_that_cannot_be_is_refused():
         make_plan(source(), sink(), msgspec.structs.replace(default_cluster(["h"]), format_version=FORMAT_VERSION + 1))
     lonely = Cluster((NodeGroup("g", 2, 10.0, hosts=("h", "far")),))
     far = SinkManifest((msgspec.structs.replace(sink().ranks[0], info=RankInfo("far")),))
-    with pytest.raises(ConfigError, match=r"no path from any holder .*on node 'h'.* to node 'far'.*0 nics"):
+    with pytest.raises(
+        ConfigError, match=r"no path from node 'h', where trainer rank 0 .* to node 'far', .*sink 0 .*0 nics"
+    ):
         make_plan(source(), far, lonely)
     make_plan(source(), sink(), lonely)
 
@@ -300,3 +302,12 @@ def test_slices_of_ranks_that_do_not_exist_are_refused():
         source_slice(plan, 1)
     with pytest.raises(ConfigError, match="sink -1 is not in a plan of 1"):
         sink_slice(plan, -1)
+
+
+def test_hints_say_what_to_do():
+    with pytest.raises(UnknownTensorError) as e:
+        make_plan(source(TensorSpec("model.w.weight", (8, 6), "bfloat16")), sink(copy(tensor="modle.w.weight")))
+    assert "the source has 'model.w.weight'" in e.value.hint
+    with pytest.raises(UnknownTensorError) as e:
+        make_plan(source(), sink(copy(tensor="something.else")))
+    assert "against the trainer's own names" in e.value.hint

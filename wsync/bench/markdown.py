@@ -2,8 +2,8 @@
 
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
 ``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta``, with ``kernels`` for
-those of ``make record-kernels`` and with ``shootout`` for those of ``make record-shootout``; what stands between them
-is replaced. A test compares.
+those of ``make record-kernels``, with ``planning`` for those of ``python -m wsync.bench.planning`` and with
+``shootout`` for those of ``make record-shootout``; what stands between them is replaced. A test compares.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import msgspec
 from wsync.bench.delta_result import DeltaResult, delta_table_of
 from wsync.bench.kernel_result import KernelResult, kernel_table_of
 from wsync.bench.options import WSYNC
+from wsync.bench.planning_result import PlanningResult, planning_table_of
 from wsync.bench.result import Result, RowResult
 from wsync.bench.shootout_result import ShootoutResult, shootout_table_of
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
-_E2E, _VLLM, _DELTA, _KERNELS, _SHOOTOUT = "e2e", "vllm", "delta", "kernels", "shootout"
+_E2E, _VLLM, _DELTA, _KERNELS, _PLANNING, _SHOOTOUT = "e2e", "vllm", "delta", "kernels", "planning", "shootout"
 
-_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, ShootoutResult)
+_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, PlanningResult, ShootoutResult)
 
 
 def load_record(path: Path) -> Result:
@@ -56,6 +57,11 @@ def load_kernel_record(path: Path) -> KernelResult:
 def load_shootout_record(path: Path) -> ShootoutResult:
     """A record that ``make record-shootout`` wrote; raises as `load_record`."""
     return _load(path, ShootoutResult)
+
+
+def load_planning_record(path: Path) -> PlanningResult:
+    """A record that ``python -m wsync.bench.planning --json`` wrote; raises as `load_record`."""
+    return _load(path, PlanningResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -183,6 +189,10 @@ def table_in(record: Path) -> tuple[str, str]:
         pass
     try:
         return _KERNELS, kernel_table_of(load_kernel_record(record))
+    except FormatVersionError:
+        pass
+    try:
+        return _PLANNING, planning_table_of(load_planning_record(record))
     except FormatVersionError:
         pass
     try:

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, describe, doctor, keygen, plan, simulate
-from wsync.cli.output import EXIT_INTERRUPTED, exit_status, print_error
+from wsync.cli import bench, describe, doctor, keygen, plan, simulate, topo
+from wsync.cli.output import EXIT_INTERRUPTED, EXIT_USAGE, exit_status, print_error
 from wsync.errors import WsyncError
 
 _EPILOG = """exit status:
@@ -38,12 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     keygen.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)
+    topo.add_parser(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status; never a traceback for a `WsyncError` unless ``--debug``."""
-    args = build_parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except WsyncError as e:
@@ -59,6 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parsed arguments; wrong ones of ``wsync topo`` exit with what its readers take for UNKNOWN, see its help."""
+    try:
+        return build_parser().parse_args(argv)
+    except SystemExit as e:
+        status = topo.usage_status(argv)
+        if e.code != EXIT_USAGE or status is None:
+            raise
+        raise SystemExit(status) from e
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from wsync.errors import ConfigError, TransportError, WsyncError
+from wsync.errors import ConfigError, FormatVersionError, TransportError, WsyncError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -45,7 +45,7 @@ def print_error(error: WsyncError) -> None:
 
 def exit_status(error: WsyncError) -> int:
     """The documented exit status of an error."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, (ConfigError, FormatVersionError)):
         return EXIT_USAGE
     if isinstance(error, TransportError):
         return EXIT_TRANSPORT

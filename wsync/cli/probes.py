@@ -240,6 +240,9 @@ PROBES: tuple[Callable[[], Finding], ...] = (
         "transformers", ("transformers",), "transformers engines, bench e2e", "pip install 'wsync-rl[engines]'"
     ),
     package_probe("safetensors", ("safetensors",), "bench e2e", "pip install 'wsync-rl[bench]'"),
+    package_probe(
+        "nvidia-ml-py", ("nvidia-ml-py",), "wsync topo check of this machine", "pip install 'wsync-rl[topo]'"
+    ),
     package_probe("matplotlib", ("matplotlib",), "bench e2e --chart", "pip install 'wsync-rl[bench]'"),
 )
 

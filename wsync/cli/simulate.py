@@ -71,6 +71,7 @@ def add_parser(commands: Any) -> None:
         help="a replica that is not there: plan for the others",
     )
     parser.add_argument("--install", choices=("staged", "in_place"), help="when engines write live memory")
+    parser.add_argument("--detect", type=float, metavar="SECONDS", help="from a failure until peers act on it")
     parser.add_argument("--jitter", type=float, metavar="SHARE", help="spread of every service time, from 0 to 0.99")
     parser.add_argument("--seed", type=int, metavar="N", help="of the jitter")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
@@ -118,7 +119,8 @@ def _options(args: argparse.Namespace, scenario: Scenario) -> Any:
         "failures": (*scenario.options.failures, *map(parse_failure, args.fail)),
         "without": (*scenario.options.without, *args.without),
     }
-    changes |= {name: getattr(args, name) for name in ("install", "jitter", "seed") if getattr(args, name) is not None}
+    given = {"install": args.install, "jitter": args.jitter, "seed": args.seed, "detect_s": args.detect}
+    changes |= {name: value for name, value in given.items() if value is not None}
     options = msgspec.structs.replace(scenario.options, **changes)
     check_options(options)
     return options

@@ -183,7 +183,8 @@ class _Intersection:
         block_bytes = math.prod(self.grids.packed.cell) * itemsize(self.encoding.parts[0].dtype)
         if self.cutting.bucket_bytes < block_bytes:
             raise ConfigError(
-                f"bucket_bytes is {self.cutting.bucket_bytes}, but one scale block of {self.name!r} has {block_bytes}"
+                f"bucket_bytes is {self.cutting.bucket_bytes}, but one scale block of {self.name!r} has {block_bytes}",
+                hint=f"choose bucket_bytes of at least {-(-block_bytes // ALIGNMENT) * ALIGNMENT}",
             )
 
     def _weight_units(self, part: PartSpec, claims: list[NamedClaim]) -> list[Unit]:
@@ -227,7 +228,8 @@ class _Intersection:
     def _missing(self, part: PartSpec, box: Box, needers: int) -> MissingTensorError:
         return MissingTensorError(
             f"sink {self.first_sink(needers)} needs {self.name + part.name!r} of shape {part.shape}, but no trainer "
-            f"rank holds its box at offset {box.offset} of shape {box.shape}"
+            f"rank holds its box at offset {box.offset} of shape {box.shape}",
+            hint="the trainer ranks' shards must cover every element that an engine needs: check their layout",
         )
 
     def _units(
@@ -275,7 +277,8 @@ class _Intersection:
             return self._missing(self.encoding.parts[0], box, needers)
         return MissingTensorError(
             f"{self.name!r} shares its amax with {', '.join(self.group)}, but no trainer rank holds its "
-            f"box at offset {box.offset} of shape {box.shape}"
+            f"box at offset {box.offset} of shape {box.shape}",
+            hint="the trainer ranks' shards must cover all tensors of a scale group",
         )
 
     def _cut_areas(self, units: list[Unit], grid: Grid) -> list[Box]:

@@ -7,6 +7,7 @@ import math
 from wsync.plan.classes import ClassKey
 from wsync.plan.demand import Demand
 from wsync.plan.rank_classes import Sinks
+from wsync.plan.timing import best_bucket_bytes
 from wsync.plan.types import DEFAULT_BUCKET_BYTES
 from wsync.spec.box import Box
 from wsync.spec.cluster import Cluster
@@ -20,9 +21,6 @@ def choose_bucket_bytes(
     members: dict[ClassKey, list[Demand]], boxes: list[Box], sinks: Sinks, cluster: Cluster | None
 ) -> int:
     """The best size for a chain through the engine nodes, as a power of two; the default without a cluster.
-
-    S bytes that go through h hops in m buckets take ``(m + h - 1) (alpha + S / (m B))`` seconds, least for
-    ``m = sqrt((h - 1) S / (alpha B))``.
 
     Args:
         members: of each class of tensors.
@@ -42,5 +40,5 @@ def choose_bucket_bytes(
     rate_gbps = min((nic.rate_gbps for g in cluster.groups for nic in g.nics), default=0.0)
     if not needed or len(hosts) < 2 or rate_gbps <= 0.0:
         return DEFAULT_BUCKET_BYTES
-    size = math.sqrt(max(needed.values()) * cluster.alpha_s * rate_gbps * 1e9 / (len(hosts) - 1))
-    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), _MAX_BYTES)
+    size = best_bucket_bytes(max(needed.values()), len(hosts), rate_gbps, cluster.alpha_s)
+    return min(max(1 << round(math.log2(size)), _MIN_BYTES), _MAX_BYTES)

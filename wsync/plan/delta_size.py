@@ -14,6 +14,7 @@ from wsync.errors import ConfigError
 _MAX_PARAM = 20
 _RAW_FROM = 0.5
 """Where half of the elements change, a stripe travels as it is."""
+_GAP_CLASSES = 8
 _HEADER_BITS = 8 * (12 + 16)
 """Of a stripe: its entry and its parameters. The header of the bucket is shared by many units."""
 
@@ -70,5 +71,9 @@ def expected_bytes(nbytes: int, elem_bytes: int, density: float) -> int:
     if density >= _RAW_FROM:
         return nbytes
     changes = nbytes / min(elem_bytes, 2) * density
-    bits = _HEADER_BITS + (changes * bits_per_change(density) if changes else 0.0)
+    bits = float(_HEADER_BITS)
+    if changes:
+        each = bits_per_change(density)
+        # Behind the last change of each class of exponents there is a gap, too.
+        bits += changes * each + _GAP_CLASSES * (each - 1.0)
     return min(nbytes, math.ceil(bits / 8))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import msgspec
 
@@ -236,7 +237,8 @@ class _Rank:
         tensor_idx = self.demands.target_of.get(name)
         if tensor_idx is None:
             raise UnknownTensorError(
-                f"{self.where} needs tensor {name!r}, which is not among the source's {len(self.demands.tensors)}"
+                f"{self.where} needs tensor {name!r}, which is not among the source's {len(self.demands.tensors)}",
+                hint=_hint_for(name, self.demands.target_of),
             )
         return tensor_idx
 
@@ -296,6 +298,16 @@ class _Rank:
                     f"{self.where} has {first!r} of shape {shapes[first]} and {name!r} of shape {shape} in one scale "
                     f"group: all dimensions but the last two must be equal"
                 )
+
+
+def _hint_for(name: str, known: Iterable[str]) -> str:
+    """The names that look most like an unknown one."""
+    # Most unknown names differ from a known one in a prefix, which leaves their ends alike: look at few, and closely.
+    leaf = name.rsplit(".", 2)[-2:]
+    alike = [other for other in known if other.rsplit(".", 2)[-2:] == leaf][:200]
+    close = get_close_matches(name, alike or list(known)[:2000], n=1)
+    both = "record or describe the engine against the trainer's own names"
+    return f"the source has {close[0]!r}; {both}" if close else both
 
 
 def check_column(col: int, name: str, recipe: str, what: str) -> None:

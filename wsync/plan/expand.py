@@ -11,14 +11,10 @@ from dataclasses import dataclass, field
 from wsync.errors import ConfigError
 from wsync.plan.assemble import bucket_room
 from wsync.plan.flows import Flow, Tree
-from wsync.plan.geometry import cut_leading
-from wsync.plan.plans import Plan, PlanClass, PlanUnit, ScaleGroup
-from wsync.plan.types import ALIGNMENT, AmaxRegion, Bucket, Piece, WirePart
-from wsync.spec.box import Box
+from wsync.plan.packing import Placed, aligned, place
+from wsync.plan.plans import Plan, PlanClass, ScaleGroup
+from wsync.plan.types import AmaxRegion, Bucket, Piece, WirePart
 from wsync.spec.dtypes import itemsize
-
-_Placed = tuple[bool, Box, int, int]
-"""Whether a new bucket begins, then a piece's box, offset and bytes."""
 
 
 @dataclass
@@ -36,8 +32,8 @@ class Expansion:
     names: dict[int, str]
     bucket_bytes: int
     parts: list[WirePart] = field(default_factory=list)
-    _part_idx: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    _placed: dict[tuple[int, int, int], tuple[list[_Placed], int]] = field(default_factory=dict)
+    _part_idx: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    _placed: dict[tuple[int, int, int], tuple[list[Placed], int]] = field(default_factory=dict)
 
     def buckets(self, flows: Iterable[Flow], trees: Sequence[Tree]) -> tuple[Bucket, ...]:
         """The buckets of some flows, in the order in which they are packed, sent and received.
@@ -46,7 +42,7 @@ class Expansion:
         all senders and engine ranks go through the buckets that they share in one order: a ring of few buckets never
         waits for itself.
         """
-        queue: list[tuple[int, float, int, Flow, list[tuple[int, int, Piece]]]] = []
+        queue: list[tuple[int, float, int, Flow, list[Piece]]] = []
         for flow in flows:
             packed = self._pack(flow)
             if len(packed) > bucket_room(flow.nbytes, self.bucket_bytes):
@@ -58,26 +54,29 @@ class Expansion:
             queue += [(flow.stage, i / len(packed), flow.first_bucket + i, flow, p) for i, p in enumerate(packed)]
         queue.sort(key=lambda q: (q[0], q[1], q[3].first_bucket))
         out = []
-        for stage, _, bucket_idx, flow, placed in queue:
-            pieces = tuple(self._numbered(placed))
-            used = _aligned(pieces[-1].offset + pieces[-1].nbytes)
+        for stage, _, bucket_idx, flow, pieces in queue:
+            used = aligned(pieces[-1].offset + pieces[-1].nbytes)
             tree = trees[flow.tree_idx]
-            out.append(Bucket(bucket_idx, flow.src_rank, stage, used, pieces, tree.sinks, tree.hops))
+            out.append(Bucket(bucket_idx, flow.src_rank, stage, used, tuple(pieces), tree.sinks, tree.hops))
         return tuple(out)
-
-    def _numbered(self, placed: list[tuple[int, int, Piece]]) -> Iterable[Piece]:
-        for class_idx, member, piece in placed:
-            part_idx = self.part_idx(class_idx, member, piece.part_idx)
-            yield Piece(part_idx, piece.shard_idx, piece.box, piece.mode, piece.offset, piece.nbytes)
 
     def part_idx(self, class_idx: int, member: int, part: int) -> int:
         """Number of a part of a member of a class."""
-        key = (class_idx, member, part)
-        found = self._part_idx.get(key)
+        numbers = self._numbers(class_idx, part)
+        if numbers[member] < 0:
+            numbers[member] = self._new_part(class_idx, member, part)
+        return numbers[member]
+
+    def _numbers(self, class_idx: int, part: int) -> list[int]:
+        """For each member of a class the number of one of its parts, -1 for those that were not used yet."""
+        found = self._part_idx.get((class_idx, part))
         if found is None:
-            found = self._part_idx[key] = len(self.parts)
-            self.parts.append(self._part(class_idx, member, part))
+            found = self._part_idx[class_idx, part] = [-1] * len(self.classes[class_idx].members)
         return found
+
+    def _new_part(self, class_idx: int, member: int, part: int) -> int:
+        self.parts.append(self._part(class_idx, member, part))
+        return len(self.parts) - 1
 
     def _part(self, class_idx: int, member: int, part: int) -> WirePart:
         cls = self.classes[class_idx]
@@ -88,41 +87,44 @@ class Expansion:
         name = self.names[tensor_idx] + facts.suffix
         return WirePart(tensor_idx, cls.recipe, facts.role, name, facts.dtype, facts.shape, group)
 
-    def _pack(self, flow: Flow) -> list[list[tuple[int, int, Piece]]]:
-        """Fill one bucket after the other, in order; a piece that does not fit is cut where the bucket ends.
-
-        Pieces are listed with their class and member, and have the class's own number of their part.
-        """
-        out: list[list[tuple[int, int, Piece]]] = []
-        pieces: list[tuple[int, int, Piece]] = []
+    def _pack(self, flow: Flow) -> list[list[Piece]]:
+        """Fill one bucket after the other, in order; a piece that does not fit is cut where the bucket ends."""
+        out: list[list[Piece]] = []
+        pieces: list[Piece] = []
         offset, size = 0, self.bucket_bytes
         for entry in flow.entries:
             class_idx, unit_idx, shard_idx = entry.class_idx, entry.unit_idx, entry.shard_idx
             unit = self.classes[class_idx].units[unit_idx]
             part, box, mode, nbytes = unit.part, unit.box, unit.mode, unit.nbytes
+            numbers = self._numbers(class_idx, part)
+            step = aligned(nbytes)
             for member in range(entry.first, entry.end):
+                part_idx = numbers[member]
+                if part_idx < 0:
+                    part_idx = numbers[member] = self._new_part(class_idx, member, part)
                 if offset + nbytes <= size:
-                    pieces.append((class_idx, member, Piece(part, shard_idx, box, mode, offset, nbytes)))
-                    offset = -(-(offset + nbytes) // ALIGNMENT) * ALIGNMENT
+                    pieces.append(Piece(part_idx, shard_idx, box, mode, offset, nbytes))
+                    offset += step
                     continue
                 placed, offset = self._place(class_idx, unit_idx, offset)
                 for opens, cut, at, cut_bytes in placed:
                     if opens:
                         out.append(pieces)
                         pieces = []
-                    pieces.append((class_idx, member, Piece(part, shard_idx, cut, mode, at, cut_bytes)))
+                    pieces.append(Piece(part_idx, shard_idx, cut, mode, at, cut_bytes))
         if pieces:
             out.append(pieces)
         return out
 
-    def _place(self, class_idx: int, unit_idx: int, offset: int) -> tuple[list[_Placed], int]:
+    def _place(self, class_idx: int, unit_idx: int, offset: int) -> tuple[list[Placed], int]:
         """Where the parts of a unit that does not fit behind ``offset`` go, and the offset behind the last one."""
         key = (class_idx, unit_idx, offset)
         found = self._placed.get(key)
         if found is None:
             cls = self.classes[class_idx]
             unit = cls.units[unit_idx]
-            found = _place(unit, itemsize(cls.parts[unit.part].dtype), offset, self.bucket_bytes)
+            elem_bytes = itemsize(cls.parts[unit.part].dtype)
+            found = place(unit.box, elem_bytes, unit.step, offset, self.bucket_bytes)
             self._placed[key] = found
         return found
 
@@ -137,30 +139,6 @@ class Expansion:
                         first = self.scale_groups[cls.groups[member]].amax_first
                     out.append(AmaxRegion(self.part_idx(class_idx, member, 0), shard_idx, box, first))
         return tuple(out)
-
-
-def _place(unit: PlanUnit, elem_bytes: int, offset: int, size: int) -> tuple[list[_Placed], int]:
-    out: list[_Placed] = []
-    todo: list[tuple[Box, int]] = [(unit.box, unit.nbytes)]
-    opens = False
-    while todo:
-        box, nbytes = todo[-1]
-        if offset + nbytes <= size:
-            todo.pop()
-            out.append((opens, box, offset, nbytes))
-            offset, opens = _aligned(offset + nbytes), False
-            continue
-        cut = cut_leading(box, elem_bytes, size - offset, size, unit.step)
-        if cut is None:
-            offset, opens = 0, True
-            continue
-        todo.pop()
-        todo += [(b, b.num_elements * elem_bytes) for b in (*reversed(cut[1]), cut[0])]
-    return out, offset
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)

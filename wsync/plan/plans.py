@@ -9,8 +9,10 @@ import msgspec
 from wsync.errors import ConfigError, WireError
 from wsync.plan.flows import Flow, Tree
 from wsync.plan.names import Names
-from wsync.plan.types import Bound
+from wsync.plan.packing import BucketCounter
+from wsync.plan.types import ALIGNMENT, SOURCE, Bound
 from wsync.spec.box import Box
+from wsync.spec.dtypes import itemsize
 from wsync.spec.serde import check_format, decode, digest_of, encode
 
 
@@ -173,8 +175,22 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return sum(nbytes * len(self.trees[flow.tree_idx].hops) for flow, nbytes in pairs)
 
     def num_buckets(self, flow: Flow) -> int:
-        """About how many buckets a flow needs: a bucket stays open at its end where the next piece cannot be cut."""
+        """At least how many buckets a flow has, at little cost; `flow_buckets` are all counted."""
         return -(-flow.nbytes // self.bucket_bytes)
+
+    @cached_property
+    def flow_buckets(self) -> tuple[int, ...]:
+        """How many buckets each flow has."""
+        counter = BucketCounter(self.bucket_bytes)
+        sizes = [[itemsize(cls.parts[u.part].dtype) for u in cls.units] for cls in self.classes]
+        out = []
+        for flow in self.flows:
+            at = (0, 0)
+            for e in flow.entries:
+                unit = self.classes[e.class_idx].units[e.unit_idx]
+                at = counter.add(at, unit.box, sizes[e.class_idx][e.unit_idx], unit.step, e.end - e.first)
+            out.append(at[0] + (at[1] > 0))
+        return tuple(out)
 
     @cached_property
     def flows_of_source(self) -> tuple[tuple[int, ...], ...]:
@@ -210,18 +226,18 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @cached_property
     def source_buckets(self) -> tuple[int, ...]:
-        """About how many buckets each trainer rank packs."""
+        """How many buckets each trainer rank packs."""
         counts = [0] * self.num_sources
-        for flow in self.flows:
-            counts[flow.src_rank] += self.num_buckets(flow)
+        for flow, count in zip(self.flows, self.flow_buckets, strict=True):
+            counts[flow.src_rank] += count
         return tuple(counts)
 
     @cached_property
     def sink_buckets(self) -> tuple[int, ...]:
-        """About how many buckets each engine rank receives."""
+        """How many buckets each engine rank receives."""
         of_tree = [0] * len(self.trees)
-        for flow in self.flows:
-            of_tree[flow.tree_idx] += self.num_buckets(flow)
+        for flow, count in zip(self.flows, self.flow_buckets, strict=True):
+            of_tree[flow.tree_idx] += count
         counts = [0] * self.num_sinks
         for tree, count in zip(self.trees, of_tree, strict=True):
             for sink_idx in tree.sinks:
@@ -229,13 +245,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return tuple(counts)
 
     def source_memory_bytes(self, rank: int, *, delta: bool = False) -> int:
-        """About what a trainer rank stages; with ``delta`` it also keeps what it sent last, and one bucket."""
+        """What a trainer rank stages; with ``delta`` it also keeps what it sent last, and one bucket."""
         _check_index("trainer rank", rank, self.num_sources)
         count = self.source_buckets[rank]
         return (2 * count + 1 if delta else count) * self.bucket_bytes
 
     def sink_memory_bytes(self, sink_idx: int, mode: str = "staged", *, delta: bool = False) -> int:
-        """About what an engine rank stages, besides the live weights.
+        """What an engine rank stages, besides the live weights.
 
         Args:
             sink_idx: of the rank.
@@ -265,6 +281,19 @@ def _check_index(what: str, index: int, count: int) -> None:
 def plan_digest(plan: Plan) -> str:
     """Hex digest of the whole plan; equal plans have equal digests on every machine."""
     return digest_of(plan)
+
+
+def _check_tree(tree: Tree, num_sinks: int) -> None:
+    """Refuse a tree on which a rank that is not there sends, or one that has nothing, or receives twice."""
+    if len(tree.hops) != len(tree.rails):
+        raise WireError(f"a plan's tree has {len(tree.hops)} hops, but rails of {len(tree.rails)}")
+    has = {SOURCE}
+    for src, dst in tree.hops:
+        if src not in has or dst in has or not 0 <= dst < num_sinks:
+            raise WireError(f"a plan's tree has a hop from {src} to {dst} of {num_sinks} sinks after {sorted(has)}")
+        has.add(dst)
+    if tree.sinks != tuple(sorted(has - {SOURCE})):
+        raise WireError(f"a plan's tree is for sinks {list(tree.sinks)}, but reaches {sorted(has - {SOURCE})}")
 
 
 class _Version(msgspec.Struct):
@@ -297,18 +326,25 @@ def _check_references(plan: Plan) -> None:
         if not 0 <= value < count:
             raise WireError(f"a plan refers to {what} {value} of {count}")
 
+    if plan.bucket_bytes < ALIGNMENT or plan.bucket_bytes % ALIGNMENT:
+        raise WireError(f"a plan's bucket_bytes is {plan.bucket_bytes}, allowed are multiples of {ALIGNMENT}")
+    numbered = 0
     for flow in plan.flows:
         check("trainer rank", flow.src_rank, plan.num_sources)
+        check("stage", flow.stage, 2)
         check("tree", flow.tree_idx, len(plan.trees))
+        if flow.first_bucket < numbered:
+            raise WireError(f"a plan's flow begins at bucket {flow.first_bucket}, the one before ends at {numbered}")
+        numbered = flow.first_bucket + plan.num_buckets(flow)
         for entry in flow.entries:
             check("class", entry.class_idx, len(plan.classes))
             cls = plan.classes[entry.class_idx]
             check("unit", entry.unit_idx, len(cls.units))
             check("member", entry.first, len(cls.members))
             check("member", entry.end - 1, len(cls.members))
+            check("first member", entry.first, entry.end)
     for tree in plan.trees:
-        for sink_idx in (*tree.sinks, *(dst for _, dst in tree.hops)):
-            check("sink", sink_idx, plan.num_sinks)
+        _check_tree(tree, plan.num_sinks)
     for cls in plan.classes:
         for tensor_idx in cls.members:
             check("tensor", tensor_idx, len(plan.names))

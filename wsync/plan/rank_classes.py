@@ -67,15 +67,17 @@ class Sinks:
 
     Attributes:
         manifest: of all ranks.
+        numbers: the class of each rank.
         by_class: class number -> sink indices, ascending.
         mask: of the classes that are there.
     """
 
     def __init__(self, manifest: SinkManifest, classes: RankClasses) -> None:
         self.manifest = manifest
+        self.numbers = [classes.number(rank) for rank in manifest.ranks]
         self.by_class: dict[int, list[int]] = {}
-        for sink_idx, rank in enumerate(manifest.ranks):
-            self.by_class.setdefault(classes.number(rank), []).append(sink_idx)
+        for sink_idx, number in enumerate(self.numbers):
+            self.by_class.setdefault(number, []).append(sink_idx)
         self.mask = mask_of(self.by_class)
         self._of_mask: dict[int, tuple[int, ...]] = {}
 

@@ -15,6 +15,7 @@ from wsync.plan.demand import Boxes, Encodings, collect_demands
 from wsync.plan.flows import DemandGroup, Flow, Lot, Routing, Tree
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings, check_source
+from wsync.plan.membership import Routed, patch
 from wsync.plan.nodes import Nodes, find_nodes
 from wsync.plan.plans import Plan, PlanClass, ScaleGroup
 from wsync.plan.rank_classes import RankClasses, Sinks
@@ -28,6 +29,11 @@ from wsync.spec.serde import FORMAT_VERSION
 Router = Callable[[Sequence[DemandGroup], Nodes, int, PlanOptions], Routing]
 """Groups, nodes, bytes of a bucket and options in, trees and shares out: `wsync.plan.route.route` and its rivals."""
 
+GOOD_SCORE = 1.05
+"""A patched plan this near to its lower bound is kept as it is."""
+_WORSE = 1.005
+"""So is one that is not further from it, but for this factor, than the routing that it was made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Model:
@@ -39,6 +45,7 @@ class _Model:
         classes, plan_classes: of tensors.
         scale_groups, amax_elements: of the exchanged vector.
         groups: of demand.
+        needed_bytes: that each rank of a set of classes needs, by the mask of the set.
     """
 
     mask: int
@@ -48,6 +55,16 @@ class _Model:
     scale_groups: tuple[ScaleGroup, ...]
     amax_elements: int
     groups: OpenGroups
+    needed_bytes: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The plan before."""
+
+    model: _Model
+    router: Router
+    routed: Routed
 
 
 class Planner:
@@ -80,18 +97,44 @@ class Planner:
         self._bucket_bytes = self._options.bucket_bytes
         self._checked: set[int] = set()
         self._model: _Model | None = None
+        self._last: _Last | None = None
 
-    def plan(self, sink: SinkManifest, router: Router = route) -> Plan:
+    def plan(self, sink: SinkManifest, router: Router = route, *, afresh: bool = False) -> Plan:
         """Plan for these engine ranks.
+
+        Where the ranks take the same as those of the plan before, in however many replicas, that plan is patched: only
+        delivery trees that have lost or won ranks change. All is routed again where the result would be further from
+        its lower bound than `GOOD_SCORE` and than the last routing was.
 
         Args:
             sink: who is there now.
             router: decides who sends what along which trees; another one than wsync's own for comparison.
+            afresh: as if nothing had been planned before.
 
         Raises:
             WsyncError: as `make_plan`; what was planned before stays as it is.
         """
         sinks, model, nodes = self._survey(sink)
+        last = self._last
+        patched: Plan | None = None
+        if last is not None and last.model is model and last.router is router and not afresh:
+            patched = self._patched(last.routed, model, sinks, nodes)
+            if patched is not None and patched.score <= max(GOOD_SCORE, last.routed.score * _WORSE):
+                return self._remembered(patched, model, sinks, nodes, router, last.routed.score)
+        plan = self._routed(model, sinks, nodes, router)
+        if patched is not None and patched.time_s < plan.time_s:
+            plan = patched
+        return self._remembered(plan, model, sinks, nodes, router, plan.score)
+
+    def _remembered(self, plan: Plan, model: _Model, sinks: Sinks, nodes: Nodes, router: Router, score: float) -> Plan:
+        self._last = _Last(model, router, Routed(sinks, nodes, plan.trees, plan.flows, score))
+        return plan
+
+    def _patched(self, before: Routed, model: _Model, sinks: Sinks, nodes: Nodes) -> Plan | None:
+        found = patch(before, sinks, nodes, relay=self._options.relay)
+        return None if found is None else self._finished(model, sinks, nodes, *found)
+
+    def _routed(self, model: _Model, sinks: Sinks, nodes: Nodes, router: Router) -> Plan:
         groups = [g.with_sinks(sinks) for g in model.groups.free]
         routing = router(groups, nodes, model.bucket_bytes, self._options)
         parcels = Parcels(model.classes)
@@ -103,7 +146,7 @@ class Planner:
             parcels.share_out_rest(rest, more, len(trees))
             trees += more.trees
         flows = make_flows(parcels.found, model.classes, model.bucket_bytes)
-        return self._finished(model, sinks, nodes, trees, flows)
+        return self._finished(model, sinks, nodes, tuple(trees), flows)
 
     def demand(self, sink: SinkManifest) -> list[DemandGroup]:
         """All demand groups of a plan, as bounds count them: what no plan can avoid. Raises as `plan`."""
@@ -127,7 +170,7 @@ class Planner:
         model: _Model,
         sinks: Sinks,
         nodes: Nodes,
-        trees: list[Tree],
+        trees: tuple[Tree, ...],
         flows: tuple[Flow, ...],
     ) -> Plan:
         times = plan_times(trees, flows, nodes, model.bucket_bytes, amax_elements=model.amax_elements)
@@ -139,10 +182,10 @@ class Planner:
             names=self._names,
             classes=model.plan_classes,
             scale_groups=model.scale_groups,
-            trees=tuple(trees),
+            trees=trees,
             flows=flows,
             amax_elements=model.amax_elements,
-            needed_bytes=_needed_bytes(model, sinks),
+            needed_bytes=sum(n * len(sinks.of(mask)) for mask, n in model.needed_bytes.items()),
             bounds=find_bounds(_all_groups(model, sinks), nodes, sinks.manifest, relay=self._options.relay),
             time_s=times.time_s,
             fill_s=times.fill_s,
@@ -179,7 +222,16 @@ class Planner:
             bucket_bytes = choose_bucket_bytes(members, self._encodings.boxes.values, sinks, self._cluster)
         classes = self._classes.intersect(members, bucket_bytes, sinks.first)
         made, scale_groups, elements = plan_classes(classes, self._holdings.target_of)
-        return _Model(sinks.mask, bucket_bytes, classes, made, scale_groups, elements, find_groups(classes))
+        return _Model(
+            sinks.mask,
+            bucket_bytes,
+            classes,
+            made,
+            scale_groups,
+            elements,
+            find_groups(classes),
+            _needed_bytes(classes),
+        )
 
 
 def _all_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
@@ -204,12 +256,13 @@ def _bf16_bytes(cls: TensorClass, lot: Lot) -> int:
     return 2 * unit.box.num_elements * recipe.packed * lot.num_members if unit.part == 0 else 0
 
 
-def _needed_bytes(model: _Model, sinks: Sinks) -> int:
-    return sum(
-        unit.nbytes * len(cls.members) * len(sinks.of(cls.needers(unit)))
-        for cls in model.classes
-        for unit in cls.blocks.units
-    )
+def _needed_bytes(classes: Sequence[TensorClass]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for cls in classes:
+        for unit in cls.blocks.units:
+            needers = cls.needers(unit)
+            found[needers] = found.get(needers, 0) + unit.nbytes * len(cls.members)
+    return found
 
 
 def _check_options(options: PlanOptions) -> None:

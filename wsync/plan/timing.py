@@ -83,6 +83,7 @@ def plan_times(
         total[0] += flow.wire_bytes
         total[1] += -(-flow.nbytes // bucket_bytes)
     by_tree: dict[int, list[int]] = {}
+    first_hops = [_first_hops(tree, nodes) for tree in trees]
     largest = 0
     for (rank, tree_idx), (nbytes, messages) in sent.items():
         total = by_tree.setdefault(tree_idx, [0, 0])
@@ -90,18 +91,38 @@ def plan_times(
         total[1] += messages
         largest = max(largest, nbytes)
         parts.copy(nodes.sources[rank], nbytes)
-        for (src, dst), rail in zip(trees[tree_idx].hops, trees[tree_idx].rails, strict=True):
-            if src == SOURCE:
-                parts.hop(True, rank, dst, rail, nbytes, messages)
+        remote, local = first_hops[tree_idx]
+        for (rail, zone), count in remote:
+            parts.hop((True, rank, rail, zone), count * nbytes, count * messages)
+        for dst in local:
+            parts.hop((True, rank, LOCAL, dst), nbytes, messages)
     for tree_idx, (nbytes, messages) in by_tree.items():
         for (src, dst), rail in zip(trees[tree_idx].hops, trees[tree_idx].rails, strict=True):
+            if rail != LOCAL:
+                parts.arrive(dst, rail, nbytes)
             if src != SOURCE:
-                parts.hop(False, src, dst, rail, nbytes, messages)
+                where = dst if rail == LOCAL else nodes.zone[nodes.sink_node[dst]]
+                parts.hop((False, src, rail, where), nbytes, messages)
     if packed_bytes is not None:
         parts.pack(packed_bytes)
     fill_s = max((_fill_s(trees[i], nodes, min(bucket_bytes, largest)) for i in sorted(by_tree)), default=0.0)
     fill_s += parts.stage_s(bucket_bytes)
     return Times(parts.loads(), fill_s, amax_s(nodes, amax_elements))
+
+
+def _first_hops(tree: Tree, nodes: Nodes) -> tuple[list[tuple[tuple[int, int], int]], list[int]]:
+    """The sender's hops: how many of each rail and zone, and to which sinks of its own island."""
+    remote: dict[tuple[int, int], int] = {}
+    local = []
+    for (src, dst), rail in zip(tree.hops, tree.rails, strict=True):
+        if src != SOURCE:
+            continue
+        if rail == LOCAL:
+            local.append(dst)
+        else:
+            key = (rail, nodes.zone[nodes.sink_node[dst]])
+            remote[key] = remote.get(key, 0) + 1
+    return list(remote.items()), local
 
 
 def amax_s(nodes: Nodes, num_elements: int) -> float:
@@ -131,8 +152,13 @@ def best_bucket_bytes(chain_bytes: int, num_hops: int, rate_gbps: float, alpha_s
 
 
 def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
-    """Seconds from the arrival of the first bucket at the first rank until it is at the last one."""
-    at = {SOURCE: 0.0}
+    """Seconds from the arrival of the first bucket at the first rank until it is at the last one.
+
+    A rank that passes a bucket on to several others makes one copy after the other. Trainer ranks do so too, but each
+    begins with other sinks.
+    """
+    at: dict[int, float] = {}
+    busy: dict[tuple[int, bool], float] = {}
     for (src, dst), rail in zip(tree.hops, tree.rails, strict=True):
         if src == SOURCE:
             at[dst] = 0.0
@@ -141,9 +167,10 @@ def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
         if rail == LOCAL:
             rate = min(nodes.groups[here.node].local_gbps, nodes.groups[there.node].local_gbps)
         else:
-            ends = (nodes.sink_nic(src, rail), nodes.sink_nic(dst, rail))
-            rate = min(nodes.nics[i].rate_gbps for i in ends)
-        at[dst] = at[src] + nodes.cluster.alpha_s + bucket_bytes / (rate * 1e9)
+            rate = min(nodes.nics[i].rate_gbps for i in (nodes.sink_nic(src, rail), nodes.sink_nic(dst, rail)))
+        sent = busy.get((src, rail == LOCAL), at[src]) + bucket_bytes / (rate * 1e9)
+        busy[(src, rail == LOCAL)] = sent
+        at[dst] = sent + nodes.cluster.alpha_s
     return max(at.values())
 
 
@@ -162,16 +189,24 @@ class _Parts:
     nodes: Nodes
     by_name: dict[str, _Load] = field(default_factory=dict)
     paths: dict[tuple[bool, int, int, int], tuple[_Load, ...]] = field(default_factory=dict)
+    ends: dict[tuple[int, int], tuple[_Load, ...]] = field(default_factory=dict)
 
-    def hop(self, from_source: bool, src: int, dst: int, rail: int, nbytes: int, messages: int) -> None:
-        """Count a hop."""
-        key = (from_source, src, dst, rail)
+    def hop(self, key: tuple[bool, int, int, int], nbytes: int, messages: int) -> None:
+        """Count what leaves by (whether a trainer rank sends, who, rail, zone); inside an island all of (.., sink)."""
         path = self.paths.get(key)
         if path is None:
             path = self.paths[key] = self._path(*key)
         for load in path:
             load.nbytes += nbytes
         path[0].messages += messages
+
+    def arrive(self, sink: int, rail: int, nbytes: int) -> None:
+        """Count the end of a hop from another island."""
+        path = self.ends.get((sink, rail))
+        if path is None:
+            path = self.ends[(sink, rail)] = self._end(sink, rail)
+        for load in path:
+            load.nbytes += nbytes
 
     def copy(self, lane: Lane, nbytes: int) -> None:
         """Count one pass through the memory of a node without GPUs."""
@@ -206,60 +241,72 @@ class _Parts:
             found = self.by_name[name] = _Load(rate_gbps)
         return found
 
-    def _path(self, from_source: bool, src: int, dst: int, rail: int) -> tuple[_Load, ...]:
-        """What a hop goes through; first the rank that sends."""
+    def _path(self, from_source: bool, src: int, rail: int, where: int) -> tuple[_Load, ...]:
+        """What a hop goes through until it is in its zone; first the rank that sends."""
         nodes = self.nodes
-        here, there = (nodes.sources if from_source else nodes.sinks)[src], nodes.sinks[dst]
+        here = (nodes.sources if from_source else nodes.sinks)[src]
         name = f"trainer rank {src}" if from_source else f"sink {src}"
         if rail == LOCAL:
-            return (self._sender(name, here, None), *self._inside(here, there, name, f"sink {dst}"))
+            there = nodes.sinks[where]
+            return (self._sender(name, here, there, None), *self._inside(here, there))
         out = here.reach[rail % len(here.reach)]
-        into = there.reach[rail % len(there.reach)]
-        path = [self._sender(name, here, out)]
-        path += self._to_nic(here, out, name, "out")
+        path = [self._sender(name, here, here, out)]
+        path += self._to_nic(here, out, "out")
         path.append(self._part(nodes.nics[out].name + " out", nodes.nics[out].rate_gbps))
-        for i in nodes.zones.crossed[nodes.zone[here.node]][nodes.zone[there.node]]:
+        for i in nodes.zones.crossed[nodes.zone[here.node]][where]:
             link = nodes.cluster.links[i // 2]
             side = link.side_b if i % 2 else link.side_a
             path.append(self._part(f"link {link.name} from {'+'.join(side)}", link.rate_gbps))
-        path.append(self._part(nodes.nics[into].name + " in", nodes.nics[into].rate_gbps))
-        return (*path, *self._to_nic(there, into, f"sink {dst}", "in"))
+        return tuple(path)
 
-    def _sender(self, name: str, lane: Lane, nic: int | None) -> _Load:
+    def _end(self, sink: int, rail: int) -> tuple[_Load, ...]:
+        """What a hop from another island goes through when it arrives."""
+        lane, nodes = self.nodes.sinks[sink], self.nodes
+        into = lane.reach[rail % len(lane.reach)]
+        nic = self._part(nodes.nics[into].name + " in", nodes.nics[into].rate_gbps)
+        return (nic, *self._to_nic(lane, into, "in"))
+
+    def _sender(self, name: str, lane: Lane, there: Lane, nic: int | None) -> _Load:
         """The rank's own sequence of messages, as fast as the widest way out of it."""
-        rate = self.nodes.groups[lane.node].local_gbps
+        group = self.nodes.groups[lane.node]
+        rate = group.local_gbps
         if nic is not None:
             rate = self.nodes.ports[lane.port].rate_gbps
+        elif (lane.node, lane.gpu) == (there.node, there.gpu) and group.hbm_gbps and lane.gpu >= 0:
+            return self._part(f"memory of {name}'s GPU", group.hbm_gbps)
         return self._part(f"sending of {name}" + (" to other nodes" if nic is not None else ""), rate)
 
-    def _inside(self, here: Lane, there: Lane, src: str, dst: str) -> list[_Load]:
+    def _inside(self, here: Lane, there: Lane) -> list[_Load]:
         """A hop without NICs."""
-        groups = self.nodes.groups
         if there.gpu < 0:
             return [self._memory(there)]
         if (here.node, here.gpu) == (there.node, there.gpu):
             return []
         if here.domain >= 0 and here.domain == there.domain:
-            return [self._nvlink(here, src, "out"), self._nvlink(there, dst, "in")]
-        return [
-            self._part(f"PCIe of {src} out", groups[here.node].pcie_gbps or groups[here.node].host_gbps),
-            self._part(f"PCIe of {dst} in", groups[there.node].pcie_gbps or groups[there.node].host_gbps),
-        ]
+            return [self._nvlink(here, "out"), self._nvlink(there, "in")]
+        return [self._pcie(here, "out"), self._pcie(there, "in")]
 
-    def _nvlink(self, lane: Lane, name: str, way: str) -> _Load:
+    def _gpu(self, lane: Lane) -> str:
+        """A GPU's name: a trainer rank and an engine rank that share it share its ways in and out."""
+        return f"GPU {lane.gpu} of node {self.nodes.names[lane.node]}"
+
+    def _nvlink(self, lane: Lane, way: str) -> _Load:
         group = self.nodes.groups[lane.node]
-        return self._part(f"NVLink of {name} {way}", group.nvlink_gbps or group.local_gbps)
+        return self._part(f"NVLink of {self._gpu(lane)} {way}", group.nvlink_gbps or group.local_gbps)
+
+    def _pcie(self, lane: Lane, way: str) -> _Load:
+        group = self.nodes.groups[lane.node]
+        return self._part(f"PCIe of {self._gpu(lane)} {way}", group.pcie_gbps or group.host_gbps)
 
     def _memory(self, lane: Lane) -> _Load:
         """The memory of a node without GPUs."""
         return self._part(f"memory of node {self.nodes.names[lane.node]}", self.nodes.groups[lane.node].host_gbps)
 
-    def _to_nic(self, lane: Lane, nic: int, name: str, way: str) -> list[_Load]:
+    def _to_nic(self, lane: Lane, nic: int, way: str) -> list[_Load]:
         """Between a rank and a NIC of its node."""
         if lane.gpu < 0:
             # What leaves was counted when it was packed or received.
             return [self._memory(lane)] if way == "in" else []
         if lane.domain >= 0 and nic not in lane.own:
-            return [self._nvlink(lane, name, way)]
-        group = self.nodes.groups[lane.node]
-        return [self._part(f"PCIe of {name} {way}", group.pcie_gbps or group.host_gbps)]
+            return [self._nvlink(lane, way)]
+        return [self._pcie(lane, way)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from wsync.errors import ConfigError
 from wsync.sim.engine import Resource
-from wsync.sim.result import SimResult
+from wsync.sim.result import ReplicaResult, SimResult
 
 MAX_REPLICAS = 16
 MAX_RESOURCES = 24
@@ -67,13 +67,19 @@ def busiest_of(resources: Sequence[Resource]) -> list[Resource]:
 
 def _draw_replicas(axes: Any, result: SimResult, count: int) -> None:
     for row, replica in enumerate(result.replicas[:count]):
-        staged_s = replica.staged_s if replica.staged_s is not None else result.simulated_s
+        staged_s = received_until(replica, result)
         axes.barh(row, staged_s, color=_RECEIVE, height=0.7)
         if replica.commit_s is not None:
             width = max(replica.commit_s - staged_s, result.simulated_s * 0.003)
             axes.barh(row, width, left=staged_s, color=_COMMIT, height=0.7)
         elif replica.fault:
             axes.text(0, row, f" {replica.fault}", va="center", fontsize=6)
+
+
+def received_until(replica: ReplicaResult, result: SimResult) -> float:
+    """When a replica had everything or was dropped."""
+    ends = (replica.staged_s, replica.dropped_s, result.simulated_s)
+    return next(end for end in ends if end is not None)
 
 
 def _draw_resource(axes: Any, row: int, resource: Resource, seconds: float) -> None:

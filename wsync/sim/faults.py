@@ -1,9 +1,9 @@
 """What fails while an update is under way, and how it goes on.
 
 A port that fails takes the buckets that cross it along; they are sent again over another port of the node once the
-failure is noticed. A node that fails, or with a rank that has lost its last port, takes its replicas along. Whoever had received from it
-receives from the next node up its tree. Without a trainer node nothing more can be packed: the update ends for all
-replicas that had not got everything.
+failure is noticed. A node that fails, or has a rank without a port left, takes its replicas along. Whoever had received
+from it receives from the next node up its tree. Without a trainer node nothing more can be packed: the update ends for
+all replicas that had not got everything.
 """
 
 from __future__ import annotations

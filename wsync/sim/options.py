@@ -66,11 +66,11 @@ class SimOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         stragglers: nodes with lower rates than the cluster says.
         failures: what fails meanwhile.
         without: names of replicas that are not there: the plan is made for the others.
-        install: ``staged`` as `Sink` does it (live memory is written after the vote), or ``in_place`` (each bucket as it
-            comes, while the engine does not serve).
+        install: ``staged`` as `Sink` does it (live memory is written after the vote), or ``in_place`` (each bucket as
+            it comes, while the engine does not serve).
         offloaded: trainers hold their weights in host memory and gather them over PCIe.
-        start_s, vote_s: of control messages: from the publish to the first packing, and from the last staged rank to the
-            first write; None for two messages each.
+        start_s, vote_s: of control messages: from the publish to the first packing, and from the last staged rank to
+            the first write; None for two messages each.
         host: what ranks without a GPU do, as measured; None for copies at the rate of the cluster file.
         detect_s: from a failure until peers act on it.
         jitter: every service takes its time times a number between ``1 - jitter`` and ``1 + jitter``.

@@ -15,6 +15,7 @@ class ReplicaResult(msgspec.Struct, frozen=True):
         state: as in `CommitError.replicas`: ``committed``, ``old version serving`` or ``poisoned``.
         staged_s, commit_s: when it had all bytes, and when it served them; None if it never did.
         fault: why it was dropped, or empty.
+        dropped_s: when.
     """
 
     name: str
@@ -22,6 +23,7 @@ class ReplicaResult(msgspec.Struct, frozen=True):
     staged_s: float | None
     commit_s: float | None
     fault: str = ""
+    dropped_s: float | None = None
 
 
 class ResourceUse(msgspec.Struct, frozen=True):
@@ -65,7 +67,8 @@ class SimResult(msgspec.Struct, frozen=True):
         plan_wall_s: that planning took on this machine; None for a plan that was read.
         sim_wall_s: that simulating took on this machine.
         stall_s: until the trainers may change their weights.
-        phases: seconds from the publish until each phase has ended everywhere: ``amax``, ``pack``, ``stage``, ``commit``.
+        phases: seconds from the publish until each phase (``amax``, ``pack``, ``stage``, ``commit``) has ended
+            everywhere.
         replicas: in order.
         resources: the busiest first.
         num_buckets, num_hops, num_events: how much was simulated.

@@ -112,7 +112,8 @@ class Simulation:
                 "commit": seconds,
             },
             replicas=tuple(
-                ReplicaResult(r.name, r.state, r.staged_s, r.commit_s, r.fault) for r in sync.replicas.values()
+                ReplicaResult(r.name, r.state, r.staged_s, r.commit_s, r.fault, r.dropped_s)
+                for r in sync.replicas.values()
             ),
             resources=_uses(self.resources, seconds),
             num_buckets=len(sync.buckets),

@@ -28,6 +28,7 @@ class Replica:
         staged_s, commit_s: when it had everything, and when it served it; None before.
         decided: its ranks may write live memory.
         fault: why it was dropped, or empty.
+        dropped_s: when.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Replica:
     commit_s: float | None = None
     decided: bool = False
     fault: str = ""
+    dropped_s: float | None = None
 
     @property
     def state(self) -> str:
@@ -121,7 +123,7 @@ class Sync:
     def drop(self, replica: Replica, fault: str) -> None:
         """A replica leaves the update, unless it serves the version already."""
         if replica.commit_s is None and not replica.fault:
-            replica.fault = fault
+            replica.fault, replica.dropped_s = fault, self.engine.now_s
 
     def launch(self, bucket: Bucket, leg: Leg) -> None:
         """Send a bucket over one leg, unless nobody is there any more."""

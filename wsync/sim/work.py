@@ -168,12 +168,14 @@ class Work:
     def pack_job(self, bucket: Bucket, tag: int) -> Job:
         """A job that reads trainer memory and writes a bucket."""
         stream = bucket.stream
-        passes = self.fabric.costs and self.fabric.costs.pack
+        costs = self.fabric.costs
+        passes = None if costs is None else costs.pack
         return self._memory_job(self.sources[stream.rank], bucket, tag, bucket.nbytes, stream.read_bytes, passes)
 
     def install_job(self, sink_idx: int, tag: int, nbytes: int) -> Job:
         """A job that reads staged bytes and writes live memory."""
-        passes = self.fabric.costs and self.fabric.costs.install
+        costs = self.fabric.costs
+        passes = None if costs is None else costs.install
         return self._memory_job(self.sinks[sink_idx], None, tag, nbytes, 1.0, passes)
 
     def _memory_job(

@@ -84,6 +84,7 @@ class RankBuilder:
         self.recipe = recipe
         self.storages = storages
         self.scale_groups: list[tuple[str, ...]] = []
+        self._expert_boxes: dict[tuple[tuple[int, ...], int], Box] = {}
 
     def add(self, module: Module, experts: Sequence[int]) -> None:
         """Add a module; of experts those with the given numbers.
@@ -215,12 +216,15 @@ class RankBuilder:
         self._store(f"{module.stem}.{EXPERTS}.w2_weight", w2, self.recipe)
 
     def _expert_piece(self, tensor: TensorSpec, dim: int) -> Piece:
-        whole = Box.whole(tensor.shape)
-        size = self.place.moe_tp_size
-        if size == 1:
-            return Piece(tensor, whole)
-        begin, end = self._moe_share(tensor, tensor.shape[dim])
-        return Piece(tensor, replaced(whole, dim, begin, end))
+        key = (tensor.shape, dim)
+        box = self._expert_boxes.get(key)
+        if box is None:  # the same for hundreds of experts in each layer
+            whole = Box.whole(tensor.shape)
+            box = whole
+            if self.place.moe_tp_size > 1:
+                box = replaced(whole, dim, *self._moe_share(tensor, tensor.shape[dim]))
+            self._expert_boxes[key] = box
+        return Piece(tensor, box)
 
     def _moe_share(self, tensor: TensorSpec, extent: int) -> tuple[int, int]:
         each = divided(extent, self.place.moe_tp_size, f"the intermediate size of {tensor.name!r}", "tp * dp / ep")

@@ -134,7 +134,7 @@ class Fsdp:
         """What a rank holds of one expert, or of all of them in one tensor."""
         etp, ep, efsdp = rank % self.etp, rank // self.etp % self.ep, rank // self.etp // self.ep
         experts = (ep * self.num_experts // self.ep, (ep + 1) * self.num_experts // self.ep)
-        by_rows = self.by_ep and self.efsdp * self.ep > self.num_experts
+        by_rows = self.ep > 1 and self.efsdp * self.ep > self.num_experts
         if not by_rows:
             begin, end = chunk_bounds(experts[1] - experts[0], self.efsdp, efsdp)
             experts = (experts[0] + begin, experts[0] + end)
@@ -149,6 +149,9 @@ class Fsdp:
         if dim is not None and splits:
             cuts[lead + dim] = local_intervals(shape[lead + dim], splits)
         if by_rows:
+            # `fully_shard` refuses any other cut of a dimension that is not the first.
+            local = shape[lead] // self.etp if dim == 0 else shape[lead]
+            divided(local, self.efsdp, f"rows of one expert's part of {part.stem}", "fsdp * tp / (ep * etp)")
             rows = (
                 [Split(efsdp, self.efsdp, split_factor=self.etp), *splits]
                 if dim == 0 and splits

@@ -143,9 +143,10 @@ def _layers_of_stages(layers: int, num_stages: int, first: int | None, last: int
     if rest < 0 or outer > num_stages or (outer == num_stages and rest):
         raise ConfigError(f"the model has {layers} layers, but pp_first={first}, pp_last={last} and pp={num_stages}")
     middle = num_stages - outer
-    if middle and rest % middle:
+    if middle and (rest % middle or not rest):
         raise ConfigError(
-            f"the model has {rest} layers for {middle} equal pipeline stages (pp={num_stages}), which do not divide",
+            f"the model has {layers} layers, of which {rest} do not divide over {middle} equal pipeline stages "
+            f"(pp={num_stages})",
             hint="give the first and last stage another number with pp_first and pp_last",
         )
     each = [rest // middle] * middle if middle else []

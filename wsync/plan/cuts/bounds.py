@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wsync.plan.cuts.links import link_cuts
+from wsync.plan.cuts.links import guarded_cuts, link_cuts
 from wsync.plan.cuts.search import bits_of, entering, grown, island_rates, leaving, worst_senders
 from wsync.plan.cuts.tally import Tally, tally
 from wsync.plan.flows import DemandGroup
@@ -70,6 +70,8 @@ class _Cuts:
         self._traffic()
         self._ports()
         for name, nbytes, rate in link_cuts(self.total.flux, self.nodes):
+            self._add(name, nbytes, rate)
+        for name, nbytes, rate in guarded_cuts(self.total.flux, self.nodes, self.rates, self._names):
             self._add(name, nbytes, rate)
         self._ranks(sink, staged)
         self._memory()

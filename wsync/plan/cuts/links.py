@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
+from wsync.plan.cuts.search import bits_of
 from wsync.plan.cuts.tally import Flux
 from wsync.plan.nodes import Nodes
 
+MAX_HOLDERS = 8
+"""Sets of holders that are looked at in each zone."""
 MAX_ZONES = 10
 """Of up to so many zones every division into two is looked at; of more, each zone and each side of a link."""
 
@@ -25,6 +28,48 @@ def link_cuts(flux: Sequence[Flux], nodes: Nodes) -> Iterator[tuple[str, int, fl
         nbytes = sum(w for held, needed, w in flux if not held & ~mask and needed & ~mask)
         names = [f"link {links[i // 2].name} from {'+'.join(_side(nodes, i))}" for i in cover]
         yield " and ".join(names), nbytes, sum(links[i // 2].rate_gbps for i in cover)
+
+
+def guarded_cuts(
+    flux: Sequence[Flux], nodes: Nodes, rates: Sequence[float], names: Callable[[int], str]
+) -> Iterator[tuple[str, int, float]]:
+    """(name, bytes, GB/s) of what enters a zone's other islands from its holders and over its links.
+
+    Args:
+        flux: by islands.
+        nodes: of the job.
+        rates: GB/s of each island.
+        names: of a set of islands.
+    """
+    if not nodes.cluster.links or nodes.zones.count < 2:
+        return
+    zones = range(nodes.zones.count)
+    for zone in zones:
+        cover = _cover(nodes, frozenset(zones) - {zone})
+        if cover is None:
+            continue
+        mask = _islands(nodes, frozenset([zone]))
+        for holders in _heavy(flux, mask):
+            inside = mask & ~holders
+            nbytes = sum(w for held, needed, w in flux if needed & inside and not held & inside)
+            rate = sum(nodes.cluster.links[i // 2].rate_gbps for i in cover) + sum(rates[i] for i in bits_of(holders))
+            into = " and ".join(
+                f"link {nodes.cluster.links[i // 2].name} from {'+'.join(_side(nodes, i))}" for i in cover
+            )
+            yield f"egress of {names(holders)} with {into}", nbytes, rate
+
+
+def _heavy(flux: Sequence[Flux], mask: int) -> list[int]:
+    """Which islands of a zone hold the most of what its others need."""
+    total: dict[int, int] = {}
+    for held, needed, nbytes in flux:
+        if held & mask and needed & mask & ~held:
+            total[held & mask] = total.get(held & mask, 0) + nbytes
+    found = sorted(total, key=lambda m: (-total[m], m))[:MAX_HOLDERS]
+    both = 0
+    for m in found:
+        both |= m
+    return list(dict.fromkeys([*found, both])) if found else []
 
 
 def _side(nodes: Nodes, directed: int) -> tuple[str, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wsync.plan.nodes import Nodes, byte_cost
 from wsync.plan.route.balance import balance
-from wsync.plan.route.survey import Leg
+from wsync.plan.route.relays import GRAIN, Fans
+from wsync.plan.route.survey import Bundle, Leg
 
 MACHINE_RATE = 10**21
 """Speeds are this over a cost in attoseconds, so that whole numbers keep their precision."""
+LOCAL_PORT = -1
 
 
 class Load(NamedTuple):
@@ -21,90 +24,119 @@ class Load(NamedTuple):
     nbytes: int
 
 
-class _Part(NamedTuple):
-    leg_idx: int
-    ranks: tuple[int, ...]
-    nbytes: int
+@dataclass(eq=False, slots=True)
+class Run:
+    """What leaves by one port for one bundle, in order.
+
+    Attributes:
+        bundle_idx: which bundle.
+        port: that it leaves by; `LOCAL_PORT` if none.
+        loads: in order.
+        nbytes: of all loads.
+    """
+
+    bundle_idx: int
+    port: int
+    loads: list[Load] = field(default_factory=list)
+    nbytes: int = 0
 
 
-def assign(
-    legs: Sequence[Leg], copies: Sequence[int], nodes: Nodes, speed: Sequence[int], bucket_bytes: int
-) -> list[Load]:
-    """Split legs among their candidates so that the busiest port, then the busiest rank, is done as early as can be.
+def assign(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, nodes: Nodes, bucket_bytes: int) -> list[Run]:
+    """Split bundles among their candidates so that the busiest port, then the busiest rank, is done as early as can be.
 
     Args:
         legs: of all groups.
-        copies: how often the sender of each leg sends it.
+        bundles: of the legs.
+        fans: how often the sender of each bundle sends it.
         nodes: of the job.
-        speed: bytes per second of each port.
         bucket_bytes: legs are cut at multiples of this.
     """
-    parts = _by_port(legs, copies, nodes, speed, bucket_bytes)
+    runs = _by_port(legs, bundles, fans, bucket_bytes)
     rank_speed = [MACHINE_RATE // byte_cost(nodes.groups[n].local_gbps) for n in nodes.source_node]
-    work = [(p.nbytes * copies[p.leg_idx], p.ranks) for p in parts]
-    shares = _shares(work, [0] * len(rank_speed), rank_speed)
-    out = []
-    for i, cuts in enumerate(_cut(work, shares, [copies[p.leg_idx] for p in parts], bucket_bytes)):
-        out += [Load(parts[i].leg_idx, rank, nbytes) for rank, nbytes in cuts]
-    return out
+    load = [0] * len(rank_speed)
+    queues = _rank_queues(runs, legs, load, rank_speed)
+    for run in runs:
+        loads: list[Load] = []
+        for leg_idx, _, nbytes in run.loads:
+            ranks = _ranks(legs[leg_idx], run.port)
+            if len(ranks) == 1:
+                loads.append(Load(leg_idx, ranks[0], nbytes))
+            else:
+                loads += [Load(leg_idx, rank, n) for rank, n in take(queues[ranks], nbytes, bucket_bytes)]
+        run.loads = loads
+    return runs
 
 
-def _by_port(
-    legs: Sequence[Leg], copies: Sequence[int], nodes: Nodes, speed: Sequence[int], bucket_bytes: int
-) -> list[_Part]:
-    remote = [i for i, leg in enumerate(legs) if not leg.family.local]
-    work = [(legs[i].nbytes * copies[i], tuple(legs[i].senders.by_port)) for i in remote]
-    shares = _shares(work, [0] * len(speed), speed)
-    cuts_of = dict(zip(remote, _cut(work, shares, [copies[i] for i in remote], bucket_bytes), strict=True))
-    out = []
-    for i, leg in enumerate(legs):
-        if leg.family.local:
-            out.append(_Part(i, leg.senders.ranks, leg.nbytes))
-        else:
-            out += [_Part(i, leg.senders.by_port[port], nbytes) for port, nbytes in cuts_of[i]]
-    return out
+def _ranks(leg: Leg, port: int) -> tuple[int, ...]:
+    return leg.senders.ranks if port == LOCAL_PORT else leg.senders.by_port[port]
 
 
-def _shares(
-    work: Sequence[tuple[int, tuple[int, ...]]], load: list[int], speed: Sequence[int]
-) -> dict[tuple[int, ...], dict[int, int]]:
-    """What each machine should take of all work with the same candidates."""
+def _rank_queues(
+    runs: Sequence[Run], legs: Sequence[Leg], load: list[int], speed: Sequence[int]
+) -> dict[tuple[int, ...], list[list[int]]]:
     total: dict[tuple[int, ...], int] = {}
-    for amount, machines in work:
-        total[machines] = total.get(machines, 0) + amount
-    keys = list(total)
-    return dict(zip(keys, balance([(total[k], k) for k in keys], load, speed), strict=True))
+    for run in runs:
+        for leg_idx, _, nbytes in run.loads:
+            ranks = _ranks(legs[leg_idx], run.port)
+            if len(ranks) > 1:
+                total[ranks] = total.get(ranks, 0) + nbytes
+            else:
+                load[ranks[0]] += nbytes
+    shares = balance([(n, k) for k, n in total.items()], load, speed)
+    return {k: _queue(s) for k, s in zip(total, shares, strict=True)}
 
 
-def _cut(
-    work: Sequence[tuple[int, tuple[int, ...]]],
-    shares: dict[tuple[int, ...], dict[int, int]],
-    copies: Sequence[int],
-    bucket_bytes: int,
-) -> list[list[tuple[int, int]]]:
-    """Hand out each share in order of work, so that little of it is cut: (machine, bytes sent once) of every piece."""
-    left = {k: sorted(([m, x] for m, x in s.items()), reverse=True) for k, s in shares.items()}
-    out: list[list[tuple[int, int]]] = []
-    for (amount, machines), count in zip(work, copies, strict=True):
-        if len(machines) == 1:
-            out.append([(machines[0], amount // count)])
-            continue
-        out.append(_take(left[machines], amount // count, count, bucket_bytes))
+def _by_port(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, bucket_bytes: int) -> list[Run]:
+    work = [(b.nbytes * fans.of[i].source // GRAIN, b.ports) for i, b in enumerate(bundles) if not b.family.local]
+    total: dict[tuple[int, ...], int] = {}
+    for amount, ports in work:
+        total[ports] = total.get(ports, 0) + amount
+    shares = balance([(n, k) for k, n in total.items()], list(fans.load), fans.speed)
+    queues = {k: _queue(x) for k, x in zip(total, shares, strict=True)}
+    out = []
+    for i, bundle in enumerate(bundles):
+        if len(bundle.ports) < 2:
+            run = Run(i, bundle.ports[0] if bundle.ports else LOCAL_PORT, nbytes=bundle.nbytes)
+            run.loads = [Load(x, -1, legs[x].nbytes) for x in bundle.legs]
+            out.append(run)
+        else:
+            out += _cut_bundle(i, bundle, legs, queues[bundle.ports], fans.of[i].source, bucket_bytes)
     return out
 
 
-def _take(queue: list[list[int]], nbytes: int, count: int, bucket_bytes: int) -> list[tuple[int, int]]:
-    """One piece from the front of a queue of [machine, bytes that it should still take]."""
+def _cut_bundle(
+    idx: int, bundle: Bundle, legs: Sequence[Leg], queue: list[list[int]], source: int, bucket_bytes: int
+) -> list[Run]:
+    runs: dict[int, Run] = {}
+    for leg_idx in bundle.legs:
+        for port, nbytes in take(queue, legs[leg_idx].nbytes, bucket_bytes, source):
+            run = runs.get(port)
+            if run is None:
+                run = runs[port] = Run(idx, port)
+            run.loads.append(Load(leg_idx, -1, nbytes))
+            run.nbytes += nbytes
+    return list(runs.values())
+
+
+def _queue(shares: dict[int, int]) -> list[list[int]]:
+    return sorted(([m, x] for m, x in shares.items()), reverse=True) or [[-1, 0]]
+
+
+def take(queue: list[list[int]], nbytes: int, bucket_bytes: int, source: int = GRAIN) -> list[tuple[int, int]]:
+    """One piece from the end of a queue of [machine, bytes that it should still send]; ``source`` copies of it."""
     cuts: list[tuple[int, int]] = []
     while nbytes:
-        machine, room = queue[-1]
-        take = nbytes if len(queue) == 1 else _rounded(room // count, nbytes, bucket_bytes)
-        if take:
-            cuts.append((machine, take))
-            queue[-1][1] -= take * count
-            nbytes -= take
+        last = queue[-1]
+        room = last[1] * GRAIN // source
+        part = nbytes if len(queue) == 1 or nbytes <= room else _rounded(room, nbytes, bucket_bytes)
+        if part:
+            cuts.append((last[0], part))
+            last[1] -= part * source // GRAIN
+            nbytes -= part
         if nbytes:
-            queue.pop()
+            # What this machine took too much of, or was spared, the next one makes up for.
+            rest = queue.pop()[1]
+            queue[-1][1] += rest
     return cuts
 
 

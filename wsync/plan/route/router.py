@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from wsync.plan.flows import DemandGroup, Route, Routing, Share
-from wsync.plan.nodes import Nodes, byte_cost
-from wsync.plan.route.assign import Load, assign
+from wsync.plan.flows import DemandGroup, Flow, Route, Routing, Share
+from wsync.plan.nodes import Nodes
+from wsync.plan.route.assign import Run, assign, take
+from wsync.plan.route.plots import MIN_PART_BUCKETS
 from wsync.plan.route.relays import Fans
-from wsync.plan.route.survey import Family, Leg, Survey
+from wsync.plan.route.stripes import Stripes
+from wsync.plan.route.survey import Mode, Survey
 from wsync.plan.route.trees import TreeBook
+from wsync.plan.timing import plan_times
 from wsync.plan.types import PlanOptions
 
-COARSE = 50
-"""A load of more than one part in so many of what a NIC carries is striped over several."""
-MIN_SHARE_BUCKETS = 2
-"""Chains are not rotated for less than this many buckets."""
+ENOUGH = 0.995
+"""Bytes cross shared links otherwise than from the nearest holder only if that makes a plan this much faster."""
+
+
+TRIED = ((Mode.JOINED, 1.0), *((Mode.OPEN, i / 8) for i in range(1, 9)), (Mode.FREE, 1.0))
+"""How groups are served where shared links separate zones, if it is not only from the nearest holder."""
 
 
 def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, options: PlanOptions) -> Routing:
@@ -35,145 +38,110 @@ def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, option
     Raises:
         ConfigError: no path leads from any holder of a group to one of its needers; both nodes are named.
     """
-    survey = Survey(nodes)
+    surveys = [_survey(Survey(nodes), groups, options)]
+    if nodes.zones.count > 1:
+        surveys += [_survey(Survey(nodes, mode, part), groups, options) for mode, part in TRIED]
+    best_s = min(fans.worst for _, fans in surveys) / ENOUGH
+    good = [x for x in surveys if x[1].worst <= best_s]
+    found = [_Router(nodes, survey, fans, bucket_bytes).routing(len(groups)) for survey, fans in good]
+    if len(found) == 1:
+        return found[0]
+    seconds = [_seconds(routing, nodes, bucket_bytes) for routing in found]
+    # The first of those that are equally good is the simplest.
+    return next(r for r, s in zip(found, seconds, strict=True) if s * ENOUGH <= min(seconds))
+
+
+def _survey(survey: Survey, groups: Sequence[DemandGroup], options: PlanOptions) -> tuple[Survey, Fans]:
     survey.add(groups)
-    fans = Fans(survey.legs, nodes, options.relay)
-    copies = [1 if leg.family.local else fans.copies[id(leg.family)] for leg in survey.legs]
-    loads = assign(survey.legs, copies, nodes, fans.speed, bucket_bytes)
-    return _Striper(nodes, survey.legs, copies, fans.target, bucket_bytes).routing(len(groups), loads)
+    return survey, Fans(survey.bundles, survey.nodes, options.relay)
 
 
-class _Striper:
-    """Chooses heads, rails and rotations for every load."""
+def _seconds(routing: Routing, nodes: Nodes, bucket_bytes: int) -> float:
+    total: dict[tuple[int, int], int] = {}
+    for routes in routing.routes:
+        for found in routes:
+            for rank, tree, nbytes in found.shares:
+                total[(rank, tree)] = total.get((rank, tree), 0) + nbytes
+    flows = [Flow(0, rank, 0, tree, (), n) for (rank, tree), n in total.items()]
+    return plan_times(routing.trees, flows, nodes, bucket_bytes).time_s
 
-    def __init__(
-        self, nodes: Nodes, legs: Sequence[Leg], copies: Sequence[int], target: int, bucket_bytes: int
-    ) -> None:
+
+class _Router:
+    """Chooses heads, rails and trees for every run."""
+
+    def __init__(self, nodes: Nodes, survey: Survey, fans: Fans, bucket_bytes: int) -> None:
         self.nodes = nodes
-        self.legs = legs
-        self.copies = copies
+        self.legs = survey.legs
+        self.bundles = survey.bundles
+        self.fans = fans
         self.bucket_bytes = bucket_bytes
         self.book = TreeBook(nodes)
-        self.cost = np.array([byte_cost(n.rate_gbps) for n in nodes.nics], dtype=np.float64)
-        self.nic_out = np.zeros(len(nodes.nics))
-        self.nic_in = np.zeros(len(nodes.nics))
-        self.target = float(target)
         self.carried = [0] * len(nodes.sinks)
-        self.position: dict[int, int] = {}
-        self.crowded = self._find_crowded()
 
-    def _find_crowded(self) -> set[int]:
-        """NICs that would be late if every family with one needer on an island took its straight way."""
-        straight = np.zeros(len(self.nodes.nics))
-        for family in {id(leg.family): leg.family for leg in self.legs if not leg.family.local}.values():
-            doors = self.book.doors(family)
-            if doors.single:
-                np.add.at(straight, doors.nics[0], family.nbytes)
-        return set(np.nonzero(straight * self.cost > self.target * 1.005)[0].tolist())
-
-    def routing(self, num_groups: int, loads: Sequence[Load]) -> Routing:
+    def routing(self, num_groups: int) -> Routing:
+        runs = assign(self.legs, self.bundles, self.fans, self.nodes, self.bucket_bytes)
+        remote = [r for r in runs if not self.bundles[r.bundle_idx].family.local]
+        stripes = Stripes(self.nodes, self.bundles, self.fans, self.book, self.bucket_bytes).choose(remote)
+        way_of = {id(run): found for run, found in zip(remote, stripes, strict=True)}
         shares: list[list[Share]] = [[] for _ in self.legs]
-        for load in loads:
-            leg = self.legs[load.leg_idx]
-            if leg.family.local:
-                shares[load.leg_idx] += self._local(leg.family, load)
+        for run in runs:
+            trees = way_of.get(id(run))
+            if trees is None:
+                trees = self._local(run)
             else:
-                shares[load.leg_idx] += self._remote(leg.family, load)
+                run.loads.sort(key=lambda x: (self.nodes.sources[x.rank].own, x.leg_idx))
+            self._hand_out(run, trees, shares)
         routes: list[list[Route]] = [[] for _ in range(num_groups)]
-        for leg, found in zip(self.legs, shares, strict=True):
-            routes[leg.group_idx].append(Route(leg.family.sinks, tuple(_merged(found))))
-        return Routing(self.book.trees, [tuple(r) for r in routes])
+        for leg, mine in zip(self.legs, shares, strict=True):
+            found = routes[leg.group_idx]
+            if found and found[-1].sinks is leg.family.sinks:
+                mine = [*found.pop().shares, *mine]
+            found.append(Route(leg.family.sinks, tuple(_merged(mine))))
+        return _without_unused(Routing(self.book.trees, [tuple(r) for r in routes]))
 
-    def _local(self, family: Family, load: Load) -> list[Share]:
-        """Heads take turns; only what would load one head by itself is cut."""
+    def _hand_out(self, run: Run, trees: list[tuple[int, int]], shares: list[list[Share]]) -> None:
+        """Lead the loads of a run along (tree, bytes) in order."""
+        if len(trees) == 1:
+            for leg_idx, rank, nbytes in run.loads:
+                shares[leg_idx].append(Share(rank, trees[0][0], nbytes))
+            return
+        queue = [[tree, nbytes] for tree, nbytes in reversed(trees)]
+        for leg_idx, rank, nbytes in run.loads:
+            shares[leg_idx] += [Share(rank, tree, n) for tree, n in take(queue, nbytes, self.bucket_bytes)]
+
+    def _local(self, run: Run) -> list[tuple[int, int]]:
+        """Heads take turns; only what is worth it is cut."""
+        family = self.bundles[run.bundle_idx].family
         members = family.members[0]
-        if len(members) == 1:
-            return [Share(load.rank, self.book.local(family, members[0]), load.nbytes)]
+        count = max(1, min(len(members), run.nbytes // (MIN_PART_BUCKETS * self.bucket_bytes)))
+        ends = [run.nbytes * (i + 1) // count for i in range(count)]
         out = []
-        for nbytes in self._pieces(load.nbytes, len(members), family.nbytes * len(members) // COARSE):
+        for nbytes in (b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)):
             head = min(members, key=lambda s: (self.carried[s], s))
             self.carried[head] += nbytes * len(members)
-            out.append(Share(load.rank, self.book.local(family, head), nbytes))
-        return out
-
-    def _pieces(self, nbytes: int, count: int, coarse: int) -> list[int]:
-        """Cut into ``count`` parts of whole buckets if it is coarse, else not at all."""
-        if count == 1 or nbytes <= coarse or nbytes < 2 * self.bucket_bytes:
-            return [nbytes]
-        unit = self.bucket_bytes
-        buckets = -(-nbytes // unit)
-        ends = [min(nbytes, (i + 1) * buckets // count * unit) for i in range(count)]
-        starts = [0, *ends[:-1]]
-        return [b - a for a, b in zip(starts, ends, strict=True) if b > a]
-
-    def _remote(self, family: Family, load: Load) -> list[Share]:
-        doors = self.book.doors(family)
-        reach = self.nodes.sources[load.rank].reach
-        count = max(doors.count, len(reach))
-        coarse = int(self.target / float(self.cost[list(reach)].min()) / COARSE)
-        if doors.single and not self._is_late(family, load):
-            return self._rotated(family, load, 0, load.nbytes)
-        out = []
-        for nbytes in self._pieces(load.nbytes, count, coarse):
-            way = self._best_way(family, load.rank, count)
-            out += self._rotated(family, load, way, nbytes)
-        return out
-
-    def _is_late(self, family: Family, load: Load) -> bool:
-        """Whether the straight way would make a NIC late."""
-        doors = self.book.doors(family)
-        if self.crowded and not self.crowded.isdisjoint(doors.nics[0].tolist()):
-            return True
-        nic = self.nodes.source_nic(load.rank, doors.at(0, 0).rail)
-        nbytes = load.nbytes * self.copies[load.leg_idx]
-        return bool(self.nic_out[nic] + nbytes * self.cost[nic] > self.target * 1.005)
-
-    def _best_way(self, family: Family, rank: int, count: int) -> int:
-        """The way whose NICs are done first; at a tie the sender's own NIC."""
-        doors = self.book.doors(family)
-        lane = self.nodes.sources[rank]
-        best = None
-        for way in range(count):
-            nics = doors.nics[way % doors.count]
-            out = lane.reach[doors.at(0, way).rail % len(lane.reach)]
-            done = max(float(self.nic_out[out]), float(self.nic_in[nics].max()))
-            key = (done, out not in lane.own, way)
-            if best is None or key < best:
-                best = key
-        return best[2] if best else 0
-
-    def _rotated(self, family: Family, load: Load, way: int, nbytes: int) -> list[Share]:
-        """Cut where the family's chains move on by one island, and count what NICs carry."""
-        copies, count = self.copies[load.leg_idx], len(family.islands)
-        doors = self.book.doors(family)
-        out_nic = self.nodes.source_nic(load.rank, doors.at(0, way).rail)
-        self.nic_out[out_nic] += nbytes * copies * self.cost[out_nic]
-        nics = doors.nics[way % doors.count]
-        self.nic_in[nics] += nbytes * self.cost[nics]
-        if copies == count:
-            return [Share(load.rank, self.book.remote(family, count, 0, way), nbytes)]
-        steps = min(count, max(1, family.nbytes // (MIN_SHARE_BUCKETS * self.bucket_bytes)))
-        at = self.position.get(id(family), 0)
-        self.position[id(family)] = at + nbytes
-        out = []
-        end = at + nbytes
-        while at < end:
-            step = at * steps // family.nbytes
-            edge = -(-(step + 1) * family.nbytes // steps)
-            take = end - at
-            if edge < end:
-                take = max(1, round((edge - at) / self.bucket_bytes)) * self.bucket_bytes
-                take = min(take, end - at)
-            rotation = step % steps * count // steps
-            out.append(Share(load.rank, self.book.remote(family, copies, rotation, way), take))
-            at += take
+            out.append((self.book.local(family, head), nbytes))
         return out
 
 
-def _merged(shares: Sequence[Share]) -> list[Share]:
+def _merged(shares: Sequence[Share]) -> Sequence[Share]:
     """Shares of one sender along one tree are one."""
+    if len(shares) == 1:
+        return shares
     total: dict[tuple[int, int], int] = {}
     for share in shares:
         key = (share.src_rank, share.tree_idx)
         total[key] = total.get(key, 0) + share.nbytes
     return [Share(rank, tree, n) for (rank, tree), n in total.items()]
+
+
+def _without_unused(routing: Routing) -> Routing:
+    """Trees that rounding left without bytes are dropped."""
+    used = sorted({share.tree_idx for routes in routing.routes for r in routes for share in r.shares})
+    if len(used) == len(routing.trees):
+        return routing
+    index = {old: new for new, old in enumerate(used)}
+    routes = [
+        tuple(Route(r.sinks, tuple(Share(s.src_rank, index[s.tree_idx], s.nbytes) for s in r.shares)) for r in found)
+        for found in routing.routes
+    ]
+    return Routing([routing.trees[i] for i in used], routes)

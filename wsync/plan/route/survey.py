@@ -1,13 +1,16 @@
 """What has to be carried where: every demand group cut into legs, by where its bytes already are.
 
-A node or NVLink domain that holds the bytes is served from within. What other islands need comes from a holder of their
-own zone where there is one, so that no byte crosses a shared link that need not.
+A node or NVLink domain that holds the bytes is served from within: a sink whose GPU has them by that rank, others by
+the nearest. What other islands need comes from a holder of their own zone where there is one, so that no byte crosses a
+shared link that need not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
 
 from wsync.errors import ConfigError
 from wsync.plan.flows import DemandGroup
@@ -15,6 +18,21 @@ from wsync.plan.nodes import Nodes
 
 ANY = -1
 """Holders of every zone."""
+REST = -1.0
+"""The part of a group's bytes that the leg before it leaves."""
+
+
+class Mode(Enum):
+    """What may cross shared links beside the first copy for a zone where no holder is.
+
+    ZONED: nothing. JOINED: sinks may pass bytes on to other zones, which spares the holders copies. OPEN: holders serve
+    zones that have holders of their own, which spares these. FREE: both.
+    """
+
+    ZONED = 0
+    JOINED = 1
+    OPEN = 2
+    FREE = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -25,16 +43,18 @@ class Family:
         sinks: ascending.
         islands: that they are on, zones in one piece.
         members: the sinks of each island.
-        zone: of the islands; `ANY` for a local family.
+        zones: of each island; islands of one zone follow each other.
         local: whether the senders are on the (only) island themselves.
+        number: in order of first use.
         nbytes: that it needs in all.
     """
 
     sinks: tuple[int, ...]
     islands: tuple[int, ...]
     members: tuple[tuple[int, ...], ...]
-    zone: int
+    zones: tuple[int, ...]
     local: bool
+    number: int
     nbytes: int = 0
 
 
@@ -46,8 +66,7 @@ class Senders:
     by_port: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Leg:
+class Leg(NamedTuple):
     """A group's bytes on the way to one family."""
 
     group_idx: int
@@ -57,13 +76,30 @@ class Leg:
 
 
 @dataclass(eq=False, slots=True)
+class Bundle:
+    """All legs of one family that the same ports can send.
+
+    Attributes:
+        family: that they go to.
+        ports: that they can leave by, ascending; none if the family is local.
+        legs: their indices.
+        nbytes: of all of them.
+    """
+
+    family: Family
+    ports: tuple[int, ...]
+    legs: list[int] = field(default_factory=list)
+    nbytes: int = 0
+
+
+@dataclass(eq=False, slots=True)
 class _Holders:
     """One set of holders: on which islands and in which zones."""
 
     ranks: tuple[int, ...]
     islands: dict[int, Senders]
     zones: dict[int, Senders]
-    key: tuple[tuple[int, ...], tuple[int, ...]]
+    splits: dict[tuple[int, ...], list[tuple[Bundle, Senders, float]]] = field(default_factory=dict)
 
 
 class Survey:
@@ -71,19 +107,25 @@ class Survey:
 
     Args:
         nodes: of the job.
+        mode: what may cross shared links.
+        part: of what zones with holders of their own need, which `Mode.OPEN` lets all holders serve.
 
     Attributes:
         legs: of all groups so far, in order of group.
-        families: that the legs refer to, in order of first use.
+        bundles: of the legs, in order of first use.
     """
 
-    def __init__(self, nodes: Nodes) -> None:
+    def __init__(self, nodes: Nodes, mode: Mode = Mode.ZONED, part: float = 1.0) -> None:
         self.nodes = nodes
+        self.mode = mode
+        self.part = part
         self.legs: list[Leg] = []
-        self.families: list[Family] = []
+        self.bundles: list[Bundle] = []
         self._holders: dict[tuple[int, ...], _Holders] = {}
-        self._family: dict[tuple[tuple[int, ...], bool], Family] = {}
-        self._split: dict[tuple[object, tuple[int, ...]], list[tuple[Family, int]]] = {}
+        self._families: dict[tuple[tuple[int, ...], bool], Family] = {}
+        self._bundles: dict[tuple[int, tuple[int, ...]], Bundle] = {}
+        self._apart: dict[tuple[int, ...], set[int]] = {}
+        self._remote: dict[tuple[int, ...], list[tuple[int, Family]]] = {}
 
     def add(self, groups: Sequence[DemandGroup]) -> None:
         """Add the legs of ``groups``.
@@ -91,17 +133,24 @@ class Survey:
         Raises:
             ConfigError: no path leads from any holder of a group to one of its needers; both nodes are named.
         """
+        legs = self.legs
         for group_idx, group in enumerate(groups):
             holders = self._holders.get(group.holders) or self._add_holders(group.holders)
-            split = self._split.get((holders.key, group.sinks))
+            split = holders.splits.get(group.sinks)
             if split is None:
-                split = self._split[(holders.key, group.sinks)] = self._cut(holders, group.sinks)
-            for family, where in split:
-                senders = holders.islands[family.islands[0]] if family.local else holders.zones[where]
-                if not senders.by_port and not family.local:
-                    raise self._no_path(holders.ranks[0], family.sinks[0])
-                family.nbytes += group.nbytes
-                self.legs.append(Leg(group_idx, family, senders, group.nbytes))
+                split = holders.splits[group.sinks] = self._cut(holders, group.sinks)
+            rest = 0
+            for bundle, senders, part in split:
+                nbytes = group.nbytes
+                if part < 1.0:
+                    nbytes = rest if part < 0.0 else round(nbytes * part)
+                    rest = group.nbytes - nbytes
+                    if not nbytes:
+                        continue
+                bundle.family.nbytes += nbytes
+                bundle.nbytes += nbytes
+                bundle.legs.append(len(legs))
+                legs.append(Leg(group_idx, bundle.family, senders, nbytes))
 
     def _add_holders(self, ranks: tuple[int, ...]) -> _Holders:
         nodes = self.nodes
@@ -113,10 +162,7 @@ class Survey:
             if nodes.sources[rank].port >= 0:
                 zones.setdefault(nodes.zone[node], []).append(rank)
         found = _Holders(
-            ranks,
-            {i: Senders(tuple(r)) for i, r in islands.items()},
-            {z: self._senders(r) for z, r in zones.items()},
-            (tuple(sorted(islands)), tuple(sorted(zones))),
+            ranks, {i: Senders(tuple(r)) for i, r in islands.items()}, {z: self._senders(r) for z, r in zones.items()}
         )
         self._holders[ranks] = found
         return found
@@ -129,66 +175,132 @@ class Survey:
                 by_port.setdefault(port, []).append(rank)
         return Senders(tuple(ranks), {p: tuple(r) for p, r in sorted(by_port.items())})
 
-    def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Family, int]]:
-        """The families of one set of sinks, each with the zone whose holders serve it."""
+    def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Bundle, Senders, float]]:
+        """Where one set of sinks is served from; parts of one family follow each other."""
         nodes = self.nodes
-        local: dict[int, list[int]] = {}
+        if self.mode is Mode.ZONED:
+            found = self._apart.get(sinks)
+            if found is None:
+                found = self._apart[sinks] = {nodes.island[nodes.sink_node[s]] for s in sinks}
+            # Most groups have no needer where they have holders: their families depend on the needers alone.
+            if found.isdisjoint(holders.islands):
+                families = self._remote.get(sinks)
+                if families is None:
+                    by_zone: dict[int, list[int]] = {}
+                    for s in sinks:
+                        by_zone.setdefault(nodes.zone[nodes.sink_node[s]], []).append(s)
+                    self._check_reach(holders.ranks[0], sinks)
+                    families = [(z, self._intern(tuple(m), False)) for z, m in sorted(by_zone.items())]
+                    self._remote[sinks] = families
+                return [x for zone, family in families for x in self._to(holders, zone, family)]
+        local: dict[tuple[int, ...], list[int]] = {}
         remote: dict[int, list[int]] = {}
         for sink in sinks:
             node = nodes.sink_node[sink]
-            if nodes.island[node] in holders.islands:
-                local.setdefault(nodes.island[node], []).append(sink)
+            here = holders.islands.get(nodes.island[node])
+            if here is not None:
+                local.setdefault(self._nearest(here.ranks, sink), []).append(sink)
             else:
-                remote.setdefault(nodes.zone[node], []).append(sink)
-        out = [(self._intern(tuple(s), True), ANY) for _, s in sorted(local.items())]
+                zone = nodes.zone[node]
+                remote.setdefault(self._served(holders, zone), []).append(sink)
+        out = []
+        for ranks, members in sorted(local.items()):
+            out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks), 1.0))
         for zone, members in sorted(remote.items()):
-            out.append((self._intern(tuple(members), False), zone if zone in holders.zones else ANY))
+            self._check_reach(holders.ranks[0], members)
+            out += self._to(holders, zone, self._intern(tuple(members), False))
         return out
 
+    def _to(self, holders: _Holders, zone: int, family: Family) -> list[tuple[Bundle, Senders, float]]:
+        """Who serves a remote family."""
+        out = []
+        for senders, part in self._senders_of(holders, zone):
+            if not senders.by_port:
+                rank = holders.ranks[0]
+                raise self._no_path(rank, family.sinks[0], self.nodes.source_node[rank])
+            out.append((self._bundle(family, tuple(senders.by_port)), senders, part))
+        return out
+
+    def _served(self, holders: _Holders, zone: int) -> int:
+        """The zone with which one is served: itself, but where zones are joined another."""
+        if self.mode is Mode.FREE:
+            return ANY
+        if self.mode is Mode.JOINED:
+            own = [z for z in holders.zones if z != ANY]
+            if len(own) == 1:
+                return own[0]
+            return zone if zone in own else ANY
+        return zone
+
+    def _senders_of(self, holders: _Holders, zone: int) -> list[tuple[Senders, float]]:
+        """Who serves a zone, and which parts of it."""
+        own, every = holders.zones.get(zone), holders.zones[ANY]
+        if own is None or len(own.ranks) == len(every.ranks) or self.mode is Mode.FREE:
+            return [(own if own and self.mode is not Mode.FREE else every, 1.0)]
+        if self.mode is not Mode.OPEN:
+            return [(own, 1.0)]
+        return [(every, 1.0)] if self.part >= 1.0 else [(every, self.part), (own, REST)]
+
+    def _nearest(self, ranks: tuple[int, ...], sink: int) -> tuple[int, ...]:
+        """Of the holders on a sink's island those on its GPU; else in its NVLink domain; else on its node; else all."""
+        nodes, there = self.nodes, self.nodes.sinks[sink]
+        lanes = [(r, nodes.sources[r]) for r in ranks]
+        on_node = [(r, x) for r, x in lanes if x.node == there.node]
+        on_gpu = tuple(r for r, x in on_node if x.gpu == there.gpu >= 0)
+        if on_gpu:
+            return on_gpu
+        if there.domain >= 0 and nodes.groups[there.node].nodes_per_domain > 1:
+            return ranks
+        in_domain = tuple(r for r, x in on_node if x.domain == there.domain >= 0)
+        return in_domain or tuple(r for r, _ in on_node) or ranks
+
+    def _bundle(self, family: Family, ports: tuple[int, ...]) -> Bundle:
+        key = (family.number, ports)
+        found = self._bundles.get(key)
+        if found is None:
+            found = self._bundles[key] = Bundle(family, ports)
+            self.bundles.append(found)
+        return found
+
     def _intern(self, sinks: tuple[int, ...], local: bool) -> Family:
-        found = self._family.get((sinks, local))
+        found = self._families.get((sinks, local))
         if found is not None:
             return found
         nodes = self.nodes
-        islands: dict[int, list[int]] = {}
+        islands: dict[tuple[int, int], list[int]] = {}
         for sink in sinks:
-            islands.setdefault(nodes.island[nodes.sink_node[sink]], []).append(sink)
-        if not local:
-            for members in islands.values():
-                if all(nodes.sinks[s].port < 0 for s in members):
-                    raise self._cut_off(members[0])
-        family = Family(
+            node = nodes.sink_node[sink]
+            islands.setdefault((nodes.zone[node], nodes.island[node]), []).append(sink)
+        order = sorted(islands, key=lambda key: key[0])
+        found = self._families[(sinks, local)] = Family(
             sinks,
-            tuple(islands),
-            tuple(tuple(m) for m in islands.values()),
-            ANY if local else nodes.zone[nodes.sink_node[sinks[0]]],
+            tuple(island for _, island in order),
+            tuple(tuple(islands[key]) for key in order),
+            tuple(zone for zone, _ in order),
             local,
+            len(self._families),
         )
-        self.families.append(family)
-        self._family[(sinks, local)] = family
-        return family
+        return found
 
-    def _no_path(self, rank: int, sink: int) -> ConfigError:
+    def _check_reach(self, rank: int, members: Sequence[int]) -> None:
+        """Refuse engine ranks of which an island has none with a NIC."""
+        nodes = self.nodes
+        by_island: dict[int, list[int]] = {}
+        for s in members:
+            by_island.setdefault(nodes.island[nodes.sink_node[s]], []).append(s)
+        for found in by_island.values():
+            if all(nodes.sinks[s].port < 0 for s in found):
+                raise self._no_path(rank, found[0], nodes.sink_node[found[0]])
+
+    def _no_path(self, rank: int, sink: int, culprit: int) -> ConfigError:
         nodes = self.nodes
         here, there = nodes.source_node[rank], nodes.sink_node[sink]
+        group = nodes.groups[culprit]
+        why = f"node {nodes.names[culprit]!r} of group {group.name!r} has {len(group.nics)} nics"
+        if group.nics:
+            why += ", but the rank's GPU reaches none of them"
         return ConfigError(
             f"no path from node {nodes.names[here]!r}, where trainer rank {rank} holds bytes, to node "
-            f"{nodes.names[there]!r}, where sink {sink} needs them: {self._why(here)}",
+            f"{nodes.names[there]!r}, where sink {sink} needs them: {why}",
             hint="give the group a nic that this GPU reaches, or place holders and needers on one node",
         )
-
-    def _cut_off(self, sink: int) -> ConfigError:
-        nodes = self.nodes
-        there = nodes.sink_node[sink]
-        other = next((n for i, n in enumerate(nodes.names) if i != there), nodes.names[there])
-        return ConfigError(
-            f"no path from any holder (such as on node {other!r}) to node {nodes.names[there]!r}, where sink {sink} "
-            f"needs bytes: {self._why(there)}",
-            hint="give the group a nic that this GPU reaches, or place holders and needers on one node",
-        )
-
-    def _why(self, node: int) -> str:
-        group = self.nodes.groups[node]
-        if not group.nics:
-            return f"its group {group.name!r} has 0 nics"
-        return f"its group {group.name!r} has {len(group.nics)} nics, but the rank's GPU reaches none of them"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from wsync.plan.flows import LOCAL, Tree
 from wsync.plan.nodes import Nodes
@@ -21,60 +19,74 @@ class Door(NamedTuple):
     nic: int
 
 
+MAX_WAYS = 64
+MAX_SKEWED_ISLANDS = 3
+"""Ways that enter islands on different rails are tried for families of so few islands."""
+
+
 class Doors:
     """The ways into every island of a family.
 
-    Way ``v`` of an island uses another NIC, and where it can another head, than way ``v + 1``. Way 0 of an island where
-    only one rank needs the bytes is that rank's own NIC.
+    Way 0 of a family with one needer on each island is straight: to the needers' own NICs. Each other way enters all
+    islands by NICs of equal number, and by another one than the way before, or where all NICs are used at another rank;
+    families of few islands have ways that enter each island by another one, too. As rails are counted at both ends,
+    ways beyond those of an island go on to other NICs of the sender.
 
     Args:
         family: that is not local.
         nodes: of the job.
 
     Attributes:
-        ways: for each island its doors.
-        count: as many as it takes to use every door of every island.
-        nics: ``int64 [count, num_islands]`` indices of the NICs that way v enters by.
+        count: how many ways use every door of every island.
         single: every island has one needer, so that way 0 is the straight one.
     """
 
     def __init__(self, family: Family, nodes: Nodes) -> None:
-        self.ways = [_doors(m, nodes) for m in family.members]
-        self.count = max(len(w) for w in self.ways)
+        self.nodes = nodes
+        self.islands = [_doors(m, nodes) for m in family.members]
+        self.count = max(len(w) for w in self.islands)
         self.single = all(len(m) == 1 for m in family.members)
-        self.nics: npt.NDArray[np.int64] = np.array(
-            [[w[v % len(w)].nic for w in self.ways] for v in range(self.count)], dtype=np.int64
-        )
+        self._straight = [self._own(m[0], w) for m, w in zip(family.members, self.islands, strict=True)]
 
-    def at(self, island: int, way: int) -> Door:
-        """The door of the island at this position for one way."""
-        doors = self.ways[island]
-        return doors[way % len(doors)]
+    def _own(self, sink: int, doors: list[Door]) -> Door:
+        own = self.nodes.sinks[sink].own
+        return next((d for d in doors if d.head == sink and d.nic in own), doors[0])
+
+    def num_ways(self, num_nics: int) -> int:
+        """How many ways there are for a sender that reaches ``num_nics``."""
+        count = max(self.count, num_nics)
+        if 1 < len(self.islands) <= MAX_SKEWED_ISLANDS:
+            count *= max(1, min(self.count, MAX_WAYS // count))
+        return count + self.single
+
+    def at(self, island: int, way: int, num_nics: int) -> Door:
+        """The door of the island at this position for one way of a sender that reaches ``num_nics``."""
+        if self.single:
+            if not way:
+                return self._straight[island]
+            way -= 1
+        skew, turn = divmod(way, max(self.count, num_nics))
+        doors = self.islands[island]
+        door = doors[(turn + skew * island) % len(doors)]
+        size = len(self.nodes.sinks[door.head].reach)
+        return door._replace(rail=door.rail + turn // size * size)
 
 
 def _doors(members: tuple[int, ...], nodes: Nodes) -> list[Door]:
+    """One door for each NIC that the members reach, and where there are more members than NICs one for each of them."""
     lanes = {s: nodes.sinks[s] for s in members if nodes.sinks[s].port >= 0}
     nics = sorted({n for lane in lanes.values() for n in lane.reach})
     heads = list(lanes)
-    if len(heads) >= len(nics):
-        return [_own_door(s, i, nodes) for i, s in enumerate(heads)]
-    first = lanes[heads[0]].own
-    start = nics.index(first[0]) if len(heads) == 1 and first else 0
+    near = {
+        nic: [s for s in heads if nic in lanes[s].own] or [s for s in heads if nic in lanes[s].reach] for nic in nics
+    }
     doors = []
-    for i in range(len(nics)):
-        nic = nics[(start + i) % len(nics)]
-        able = [s for s in heads if nic in lanes[s].reach]
-        near = [s for s in able if nic in lanes[s].own] or able
-        head = near[i % len(near)]
+    for i in range(max(len(nics), len(heads))):
+        nic = nics[i % len(nics)]
+        able = near[nic]
+        head = able[(i // len(nics) + (i if len(able) == len(heads) else 0)) % len(able)]
         doors.append(Door(head, lanes[head].reach.index(nic), nic))
     return doors
-
-
-def _own_door(sink: int, turn: int, nodes: Nodes) -> Door:
-    lane = nodes.sinks[sink]
-    nics = lane.own or lane.reach
-    nic = nics[turn % len(nics)]
-    return Door(sink, lane.reach.index(nic), nic)
 
 
 class TreeBook:
@@ -85,49 +97,46 @@ class TreeBook:
         self.trees: list[Tree] = []
         self._index: dict[Tree, int] = {}
         self._doors: dict[int, Doors] = {}
-        self._made: dict[tuple[int, int, int, int], int] = {}
+        self._made: dict[tuple[object, ...], int] = {}
 
     def doors(self, family: Family) -> Doors:
         """The doors of a family, worked out once."""
-        found = self._doors.get(id(family))
+        found = self._doors.get(family.number)
         if found is None:
-            found = self._doors[id(family)] = Doors(family, self.nodes)
+            found = self._doors[family.number] = Doors(family, self.nodes)
         return found
 
     def local(self, family: Family, head: int) -> int:
         """Index of the tree inside one island that starts at ``head``."""
-        key = (id(family), head, -1, -1)
+        key = (family.number, head)
         found = self._made.get(key)
         if found is None:
-            hops = [(SOURCE, head), *self._inside(head, family.members[0])]
+            hops = [(SOURCE, head), *self.inside(head, family.members[0])]
             found = self._made[key] = self._add(family, hops, [LOCAL] * len(hops))
         return found
 
-    def remote(self, family: Family, num_chains: int, rotation: int, way: int) -> int:
-        """Index of the tree of ``num_chains`` chains through the islands, the first beginning at ``rotation``."""
-        key = (id(family), num_chains, rotation, way)
+    def remote(self, family: Family, edges: tuple[tuple[int, int], ...], way: int, num_nics: int) -> int:
+        """Index of the tree whose hops between islands are ``edges``, by position, as `shapes.tree_of` makes them."""
+        key = (family.number, way, num_nics, edges)
         found = self._made.get(key)
         if found is None:
-            found = self._made[key] = self._chains(family, num_chains, rotation, way)
+            found = self._made[key] = self._make(family, edges, way, num_nics)
         return found
 
-    def _chains(self, family: Family, num_chains: int, rotation: int, way: int) -> int:
-        doors, count = self.doors(family), len(family.islands)
+    def _make(self, family: Family, edges: Sequence[tuple[int, int]], way: int, num_nics: int) -> int:
+        doors = self.doors(family)
+        at = [doors.at(i, way, num_nics) for i in range(len(family.islands))]
         hops: list[tuple[int, int]] = []
         rails: list[int] = []
         fan: list[tuple[int, int]] = []
-        for chain in range(num_chains):
-            before = SOURCE
-            for at in range(chain * count // num_chains, (chain + 1) * count // num_chains):
-                island = (at + rotation) % count
-                door = doors.at(island, way)
-                hops.append((before, door.head))
-                rails.append(door.rail)
-                fan += self._inside(door.head, family.members[island])
-                before = door.head
+        for before, island in edges:
+            door = at[island]
+            hops.append((SOURCE if before < 0 else at[before].head, door.head))
+            rails.append(door.rail)
+            fan += self.inside(door.head, family.members[island])
         return self._add(family, hops + fan, rails + [LOCAL] * len(fan))
 
-    def _inside(self, head: int, members: tuple[int, ...]) -> list[tuple[int, int]]:
+    def inside(self, head: int, members: tuple[int, ...]) -> list[tuple[int, int]]:
         """From the head to the others of its island: one rank of each other NVLink domain, then inside each."""
         sinks = self.nodes.sinks
         domains: dict[tuple[int, int], list[int]] = {}

@@ -9,7 +9,7 @@ from wsync.spec.cluster import Cluster, NodeGroup
 _LAYOUT = "the trainer's layout is not published: {}"
 _BF16_TRAINER = "the trainer holds bf16 and quantises while it packs"
 _IN_PLACE = "engines write every bucket into live memory as it comes and do not serve meanwhile, as peers do"
-_ATTENTION = "attention is cut over all ranks of a replica (over 16 where blocks of 128 rows end there), experts over all of them"
+_ATTENTION = "experts are cut over all ranks of a replica, and attention as far as blocks of 128 rows allow"
 _APART = "trainers and engines run on different nodes of one fabric that does not block"
 
 
@@ -162,12 +162,12 @@ PUBLISHED: tuple[Preset, ...] = (
             "every GPU holds a 256th part of the new weights and serves as a rank of an engine as well",
             "a replica has 16 ranks (2 nodes)",
             "weights are quantised while they are packed; checkpoint-engine sends a checkpoint that is fp8 already",
-            "a node need not receive what its own ranks hold, which planning.md's bound leaves out: 3 % less",
+            "a node need not receive the 32nd part that it holds itself, which planning.md's bound of 1.29 leaves out",
             _ATTENTION,
             _IN_PLACE,
         ),
         Published(16.0, "checkpoint-engine; table of planning.md"),
-        1.29,
+        1.25,
     ),
     Preset(
         "m2n-dsv3",

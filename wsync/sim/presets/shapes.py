@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wsync.plan.types import PlanOptions
 from wsync.sim.presets.machines import RDMA_ALPHA_S, h100
 from wsync.sim.presets.preset import Preset
 from wsync.spec.cluster import Cluster, Link
@@ -22,7 +23,11 @@ SHAPES: tuple[Preset, ...] = (
         Cluster((h100("trainer", 1), h100("engine", 64)), alpha_s=RDMA_ALPHA_S),
         "trainer",
         "engine",
-        ("FSDP2 on one node of H100; each engine node is a replica; without relays the trainer sends all 64 times",),
+        (
+            "FSDP2 on one node of H100; each engine node is a replica; without relays the trainer sends all 64 times",
+            "buckets of 2 MiB: every port is busy all the time, so what the last round of 64 trees takes is lost",
+        ),
+        options=PlanOptions(bucket_bytes=2 << 20),
     ),
     Preset(
         "wan-100g",
@@ -50,6 +55,7 @@ SHAPES: tuple[Preset, ...] = (
         Cluster((h100("trainer", 1), h100("engine", 2)), alpha_s=1e-6),
         "trainer",
         "engine",
-        ("alpha is 1 us: a model so small is little more than alpha",),
+        ("alpha is 1 us and buckets have 512 KiB: a model so small is little more than alpha",),
+        options=PlanOptions(bucket_bytes=512 << 10),
     ),
 )

@@ -1,0 +1,203 @@
+"""Plans for a fleet that changes: what is patched is as valid as what is planned anew, and hardly slower."""
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan_runs import HOSTS, fleet, num_relays, random_cluster, replica_of, run_plan, slow_trainer
+
+import wsync.plan.membership
+import wsync.plan.replan
+from wsync.plan import Planner, encode_plan
+from wsync.plan.replan import GOOD_SCORE
+from wsync.plan.route import route
+from wsync.plan.route.patch import with_sinks
+from wsync.plan.types import SOURCE, PlanOptions
+from wsync.spec import Cluster, Nic, NicPath, NodeGroup, SinkManifest
+from wsync.testing.generators import Scenario, dense_tensors, fsdp_source, tp_sink
+
+SEEDS = st.integers(0, 2**32 - 1)
+MODEL = dense_tensors(4, 2048, 16, 16, 128, 8192, 32768)
+
+
+def replicas(sink):
+    found = {}
+    for rank in sink.ranks:
+        found.setdefault(rank.replica, []).append(rank)
+    return found
+
+
+def changed(scenario, rng, number, places):
+    """The fleet after a replica or two were lost, joined, or both; the order of the ranks may change."""
+    groups = list(replicas(scenario.sink).values())
+    models = list(groups)
+    for _ in range(rng.randint(0, min(2, len(groups) - 1))):
+        del groups[rng.randrange(len(groups))]
+    for i in range(rng.randint(0, 2)):
+        groups.insert(rng.randint(0, len(groups)), replica_of(rng.choice(models), f"n{number}.{i}", rng, places))
+    return msgspec.structs.replace(scenario.sink, ranks=tuple(r for g in groups for r in g))
+
+
+def run_history(seed, steps):
+    rng = random.Random(seed)
+    apart = rng.random() < 0.6
+    scenario = fleet(rng, rng.randint(3, 6), apart=apart)
+    cluster = slow_trainer(rng) if apart and rng.random() < 0.7 else random_cluster(rng)
+    options = msgspec.structs.replace(scenario.options, relay=rng.random() < 0.8)
+    planners = [Planner(scenario.source, cluster, options) for _ in range(2)]
+    for planner in planners:
+        planner.plan(scenario.sink)
+    for number in range(steps):
+        sink = changed(scenario, rng, number, HOSTS[1:] if apart else HOSTS)
+        scenario = Scenario(scenario.source, sink, options)
+        plan, again = (planner.plan(sink) for planner in planners)
+        assert encode_plan(plan) == encode_plan(again)
+        fresh = Planner(scenario.source, cluster, options).plan(sink)
+        assert (plan.bounds, plan.needed_bytes) == (fresh.bounds, fresh.needed_bytes)
+        assert plan.time_s >= plan.lower_bound_s
+        assert options.relay or not num_relays(plan)
+        run_plan(scenario, plan, seed, cluster)
+
+
+@pytest.fixture
+def patches(monkeypatch):
+    """One entry for every patch."""
+    found = []
+    monkeypatch.setattr(wsync.plan.membership, "with_sinks", lambda *a, **k: found.append(True) or with_sinks(*a, **k))
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_plans_of_a_changing_fleet_bring_every_byte_once(seed):
+    run_history(seed, 2)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
+@settings(max_examples=800, deadline=None)
+@given(SEEDS)
+def test_plans_of_a_fleet_that_changes_often_bring_every_byte_once(seed):
+    run_history(seed, 4)
+
+
+def cluster(num_trainers=2, num_engines=9):
+    nics = tuple(Nic(50.0, i, (NicPath(i, "PIX"),)) for i in range(4))
+    gpus = {"num_gpus": 4, "hbm_gbps": 3000.0, "pcie_gbps": 60.0, "nvlink_gbps": 400.0, "nvlink_domain": 4}
+    trainers, engines = (tuple(f"{x}{i}" for i in range(n)) for x, n in (("t", num_trainers), ("e", num_engines)))
+    groups = (
+        NodeGroup("trainers", num_trainers, 200.0, trainers, nics=nics, **gpus),
+        NodeGroup("engines", num_engines, 200.0, engines, nics=nics, **gpus),
+    )
+    return Cluster(groups, alpha_s=0.0)
+
+
+SOURCE_RANKS = fsdp_source(MODEL, [f"t{i // 4}" for i in range(8)])
+
+
+def fleet_of(*hosts, recipe="bf16"):
+    return renamed(tp_sink(MODEL, [[h] * 4 for h in hosts], recipe), hosts)
+
+
+def renamed(sink, hosts):
+    """Replicas are named after their host."""
+    return SinkManifest(tuple(msgspec.structs.replace(r, replica=r.info.host) for r in sink.ranks))
+
+
+def new_planner(**options):
+    return Planner(SOURCE_RANKS, cluster(), PlanOptions(65536, **options))
+
+
+@pytest.mark.parametrize("gone", range(4))
+def test_a_lost_replica_changes_only_trees(monkeypatch, gone):
+    hosts = ["e0", "e1", "e2", "e3"]
+    planner = new_planner()
+    first = planner.plan(fleet_of(*hosts))
+    monkeypatch.setattr(wsync.plan.replan, "make_flows", None)  # nothing is routed any more
+    del hosts[gone]
+    plan = planner.plan(fleet_of(*hosts))
+    assert plan.flows == first.flows
+    assert plan.classes is first.classes
+    assert plan.score <= GOOD_SCORE
+
+
+def test_a_replica_that_joins_is_fed_by_who_has_room(patches):
+    planner = new_planner()
+    hosts = ["e0", "e1", "e2"]
+    first = planner.plan(fleet_of(*hosts))
+    for name in ("e3", "e4", "e5"):
+        hosts.append(name)
+        plan = planner.plan(fleet_of(*hosts))
+        assert plan.flows == first.flows
+        assert plan.score <= GOOD_SCORE
+    assert len(patches) == 3
+
+
+def test_a_replica_that_moves_is_lost_and_joined(patches):
+    planner = new_planner()
+    planner.plan(fleet_of("e0", "e1", "e2"))
+    moved = planner.plan(renamed(tp_sink(MODEL, [["e0"] * 4, ["e7"] * 4, ["e2"] * 4]), ()))
+    assert patches == [True]
+    assert moved.score <= GOOD_SCORE
+    assert {s for t in moved.trees for s in t.sinks} == set(range(12))
+
+
+def test_the_last_replica_of_a_layout_takes_its_classes_with_it(patches):
+    planner = new_planner()
+    both = SinkManifest((*fleet_of("e0", "e1").ranks, *fleet_of("e2", recipe="fp8_block128").ranks))
+    planner.plan(both)
+    only = fleet_of("e0", "e1")
+    assert encode_plan(planner.plan(only)) == encode_plan(new_planner().plan(only))
+    assert encode_plan(planner.plan(both)) == encode_plan(new_planner().plan(both))
+    assert not patches
+
+
+def test_an_unknown_layout_is_planned_as_if_all_were_new():
+    planner = new_planner()
+    planner.plan(fleet_of("e0", "e1"))
+    more = SinkManifest((*fleet_of("e0", "e1").ranks, *fleet_of("e2", recipe="fp8_channel").ranks))
+    assert encode_plan(planner.plan(more)) == encode_plan(new_planner().plan(more))
+
+
+def test_a_patch_that_is_too_slow_is_routed_anew(monkeypatch):
+    planner = new_planner()
+    planner.plan(fleet_of("e0", "e1", "e2", "e3", "e4", "e5"))
+    calls = []
+    monkeypatch.setattr(wsync.plan.replan, "GOOD_SCORE", 0.5)
+    monkeypatch.setattr(wsync.plan.replan, "_WORSE", 0.5)
+    real = wsync.plan.replan.make_flows
+    monkeypatch.setattr(wsync.plan.replan, "make_flows", lambda *a: calls.append(1) or real(*a))
+    sink = fleet_of("e0", "e1", "e2", "e3", "e4")
+    plan = planner.plan(sink)
+    assert calls == [1]
+    assert plan.time_s <= new_planner().plan(sink).time_s
+
+
+def test_a_plan_can_be_made_afresh_and_by_another_router(patches):
+    planner = new_planner()
+    planner.plan(fleet_of("e0", "e1", "e2"))
+    sink = fleet_of("e0", "e2")
+    fresh = new_planner().plan(sink)
+    assert encode_plan(planner.plan(sink, afresh=True)) == encode_plan(fresh)
+    planner.plan(fleet_of("e0", "e1", "e2"), afresh=True)
+    assert encode_plan(planner.plan(sink, lambda *a: route(*a))) == encode_plan(fresh)
+    assert not patches
+
+
+def test_without_relays_the_trainer_feeds_those_who_join(patches):
+    planner = new_planner(relay=False)
+    planner.plan(fleet_of("e0", "e1"))
+    plan = planner.plan(fleet_of("e0", "e1", "e2"))
+    assert patches == [True]
+    assert not num_relays(plan)
+    heads = [sum(src == SOURCE for src, _ in t.hops) for t in plan.trees]
+    assert heads == [3] * len(heads)
+
+
+def test_replicas_beside_trainers_are_routed_anew_when_they_join():
+    planner = new_planner()
+    planner.plan(fleet_of("e0", "t0"))
+    more = fleet_of("e0", "t0", "t1")
+    assert encode_plan(planner.plan(more)) == encode_plan(new_planner().plan(more))

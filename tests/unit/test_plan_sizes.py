@@ -1,0 +1,226 @@
+"""How large things are: deltas, buckets and their numbers, rings, and the memory of each side."""
+
+import random
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan_runs import fleet, planned, random_cluster
+
+from wsync.errors import ConfigError
+from wsync.formats import delta
+from wsync.plan import PlanOptions, expand_plan, make_plan, sink_slices, source_slices
+from wsync.plan.assemble import bucket_room
+from wsync.plan.delta_size import expected_bytes
+from wsync.plan.expand import Expansion
+from wsync.plan.flows import Entry, Flow, Tree
+from wsync.plan.packing import BucketCounter
+from wsync.plan.plans import RING_BUCKETS, PlanClass, PlanPart, PlanUnit
+from wsync.plan.types import ALIGNMENT, MODE_COPY, MODE_FUSED, SOURCE
+from wsync.spec.box import Box
+from wsync.spec.dtypes import itemsize
+from wsync.testing.generators import dense_tensors, fsdp_source, qwen3_0p6b_tensors, tp_sink
+
+MODEL = dense_tensors(4, 256, 4, 2, 64, 512, 1000)
+
+
+# ---- deltas
+
+
+def stepped(kind, density, rng):
+    """Random weights in bf16 or e4m3, and the same after some moved by one step."""
+    count = 1 << 16
+    if kind == delta.WORDS:
+        old = (rng.standard_normal(count).astype(np.float32).view(np.uint32) >> 16).astype(np.int64)
+    else:
+        old = rng.integers(0x20, 0x60, count) | rng.integers(0, 2, count) << 7
+    new = old.copy()
+    new[rng.choice(count, round(count * density), replace=False)] += 1
+    dtype = np.uint16 if kind == delta.WORDS else np.uint8
+    return old.astype(dtype).view(np.uint8), new.astype(dtype).view(np.uint8)
+
+
+@pytest.mark.parametrize("kind", [delta.WORDS, delta.BYTES])
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.03, 0.1, 0.2, 0.3])
+def test_expected_deltas_are_those_of_the_encoder(kind, density):
+    old, new = stepped(kind, density, np.random.default_rng(7))
+    _, _, code = delta.encode_stripe(new, old, kind)
+    real = min(len(code) + delta.ENTRY.size, len(old))
+    assert expected_bytes(len(old), 2 if kind == delta.WORDS else 1, density) == pytest.approx(real, rel=0.03)
+
+
+def test_what_would_not_be_smaller_travels_whole():
+    assert expected_bytes(1000, 1, 0.4) <= 1000
+    assert expected_bytes(1000, 2, 0.5) == expected_bytes(1000, 2, 1.0) == 1000
+    assert expected_bytes(64, 2, 0.3) <= 64
+    assert expected_bytes(1 << 20, 2, 0.0) < 64
+
+
+def delta_plan(density):
+    return make_plan(fsdp_source(MODEL, ["h"] * 2), tp_sink(MODEL, [["e"] * 2]), None, PlanOptions(65536, density))
+
+
+def test_delta_or_dense_is_chosen_lot_by_lot():
+    plan = delta_plan({"": 0.01, "model.layers.1.": 1.0, "model.norm": 0.0})
+    planned_as = {plan.names[i]: {u.planned for u in c.units} for c in plan.classes for i in c.members}
+    for name, ways in planned_as.items():
+        assert ways == ({"dense"} if name.startswith("model.layers.1.") else {"delta"}), name
+    assert {u.planned for c in delta_plan(None).classes for u in c.units} == {"dense"}
+
+
+def test_sparse_changes_make_a_plan_faster_but_not_its_buckets_smaller():
+    dense, sparse = delta_plan(None), delta_plan(0.01)
+    assert sparse.wire_bytes == dense.wire_bytes
+    assert [f.nbytes for f in sparse.flows] == [f.nbytes for f in dense.flows]
+    assert sum(f.wire_bytes for f in sparse.flows) < 0.1 * sum(f.wire_bytes for f in dense.flows)
+    assert sparse.lower_bound_s < 0.1 * dense.lower_bound_s
+    assert delta_plan(1.0).flows == dense.flows
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.5, float("nan"), {"model.": 2.0}])
+def test_a_density_that_cannot_be_is_refused(density):
+    with pytest.raises(ConfigError, match=r"density.*allowed is 0 to 1"):
+        delta_plan(density)
+
+
+# ---- buckets
+
+
+@st.composite
+def packings(draw):
+    """Units of some classes, and the size of a bucket."""
+    size = draw(st.integers(1, 64)) * ALIGNMENT
+    units, parts = [], []
+    for _ in range(draw(st.integers(1, 6))):
+        dtype = draw(st.sampled_from(("bfloat16", "float32", "float8_e4m3fn", "int64")))
+        shape = tuple(draw(st.lists(st.integers(1, 40), min_size=0, max_size=4)))
+        step = (1, 1)
+        if len(shape) >= 2 and draw(st.booleans()):
+            step = draw(st.sampled_from(((1, 32), (16, 16), (4, 8))))
+        if step[0] * step[1] * itemsize(dtype) > size:
+            step = (1, 1)
+        box = Box((0,) * len(shape), shape)
+        mode = MODE_COPY if step == (1, 1) else MODE_FUSED
+        nbytes = box.num_elements * itemsize(dtype)
+        units.append(PlanUnit(len(parts), box, mode, step, nbytes, nbytes))
+        parts.append(PlanPart("weight", "", dtype, shape))
+    counts = [draw(st.integers(1, 5)) for _ in units]
+    return size, tuple(parts), tuple(units), counts
+
+
+@settings(max_examples=300, deadline=None)
+@given(packings())
+def test_numbers_of_buckets_suffice_for_whatever_is_packed(packing):
+    size, parts, units, counts = packing
+    cls = PlanClass("bf16", parts, units, tuple(range(5)), (), (), 0, 0)
+    entries = tuple(Entry(0, i, 0, 0, count) for i, count in enumerate(counts))
+    padded = [-(-u.nbytes // ALIGNMENT) * ALIGNMENT for u in units]
+    flow = Flow(0, 0, 0, 0, entries, sum(n * c for n, c in zip(padded, counts, strict=True)))
+    names = {i: f"t{i}" for i in range(5)}
+    buckets = Expansion([cls], (), names, size).buckets([flow], [Tree((0,), ((SOURCE, 0),), (0,))])
+    counter, at = BucketCounter(size), (0, 0)
+    for unit, part, count in zip(units, parts, counts, strict=True):
+        at = counter.add(at, unit.box, itemsize(part.dtype), unit.step, count)
+    assert at == (len(buckets) - 1, buckets[-1].used_bytes)
+    assert -(-flow.nbytes // size) <= len(buckets) <= bucket_room(flow.nbytes, size)
+    assert [b.bucket_idx for b in buckets] == list(range(len(buckets)))
+    taken = sum(p.nbytes for b in buckets for p in b.pieces)
+    assert taken == sum(u.nbytes * c for u, c in zip(units, counts, strict=True))
+    assert all(0 < b.used_bytes <= size for b in buckets)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_rings_of_few_buckets_never_wait_for_themselves(seed, ring):
+    assert ring_run(*ring_job(seed), ring)
+
+
+def test_a_ring_whose_ranks_disagree_about_the_order_does_wait():
+    stuck = 0
+    for seed in range(20):
+        sources, sinks = ring_job(seed)
+        stuck += not ring_run(sources, [list(reversed(s)) if i % 2 else s for i, s in enumerate(sinks)], 1)
+    assert stuck > 5
+
+
+def ring_job(seed):
+    rng = random.Random(seed)
+    plan = planned(fleet(rng, rng.randint(2, 5), apart=True), random_cluster(rng))
+    return [list(s.buckets) for s in source_slices(plan)], [list(s.buckets) for s in sink_slices(plan)]
+
+
+def ring_run(sources, sinks, ring):
+    """Move buckets hop by hop, each rank in the order of its slice with ``ring`` buckets at a time.
+
+    A bucket stays in a rank's ring until everybody to whom the rank passes it on has it. True if all arrives.
+    """
+    queues = {("source", r): [b.bucket_idx for b in bs] for r, bs in enumerate(sources)}
+    queues |= {("sink", s): [b.bucket_idx for b in bs] for s, bs in enumerate(sinks)}
+    by_idx = {b.bucket_idx: b for bs in sources for b in bs}
+    got = {(("source", b.src_rank), idx) for idx, b in by_idx.items()}
+    while any(queues.values()):
+        moved = False
+        for idx, bucket in by_idx.items():
+            for src, dst in bucket.hops:
+                sender = ("source", bucket.src_rank) if src == SOURCE else ("sink", src)
+                here, there = queues[sender][:ring], queues["sink", dst][:ring]
+                if idx in here and idx in there and (sender, idx) in got and (("sink", dst), idx) not in got:
+                    got.add((("sink", dst), idx))
+                    moved = True
+        for who, queue in queues.items():
+            while queue and (who, queue[0]) in got and _passed_on(by_idx[queue[0]], who, got):
+                queue.pop(0)
+                moved = True
+        if not moved:
+            return False
+    return True
+
+
+def _passed_on(bucket, who, got):
+    kind, number = who
+    me = SOURCE if kind == "source" else number
+    return all((("sink", dst), bucket.bucket_idx) in got for src, dst in bucket.hops if src == me)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("size", [65536, 4 << 20])
+def test_memory_that_a_plan_states_is_what_slices_stage(size):
+    tensors = MODEL if size == 65536 else qwen3_0p6b_tensors()
+    sink = tp_sink(tensors, [["e"] * 2, ["f"] * 2], "fp8_block128")
+    plan = make_plan(fsdp_source(tensors, ["h"] * 4), sink, None, PlanOptions(size))
+    for slice_ in source_slices(plan):
+        stated, real = plan.source_memory_bytes(slice_.rank), slice_.staging_bytes
+        assert stated == real
+        assert plan.source_memory_bytes(slice_.rank, delta=True) == 2 * stated + size
+    for slice_ in sink_slices(plan):
+        idx, real = slice_.sink_idx, slice_.staging_bytes
+        stated = plan.sink_memory_bytes(idx)
+        assert stated == real
+        assert plan.sink_memory_bytes(idx, "paused") == min(stated, RING_BUCKETS * size)
+        assert plan.sink_memory_bytes(idx, delta=True) == 2 * stated + size
+        assert plan.sink_memory_bytes(idx, "paused", delta=True) == min(stated, RING_BUCKETS * size) + stated + size
+
+
+def test_memory_of_ranks_and_modes_that_are_not_there_is_refused():
+    plan = delta_plan(None)
+    for ask in (
+        lambda: plan.source_memory_bytes(2),
+        lambda: plan.sink_memory_bytes(-1),
+        lambda: plan.sink_memory_bytes(0, "frozen"),
+    ):
+        with pytest.raises(ConfigError):
+            ask()
+
+
+def test_bytes_of_a_plan_add_up():
+    plan = make_plan(fsdp_source(MODEL, ["a", "b"]), tp_sink(MODEL, [["c"] * 2, ["d"] * 2]), None, PlanOptions(65536))
+    whole = expand_plan(plan)
+    sizes = [(sum(p.nbytes for p in b.pieces), b) for b in whole.buckets]
+    assert plan.wire_bytes == sum(n for n, _ in sizes)
+    assert plan.sink_bytes == sum(n * len(b.sinks) for n, b in sizes) == plan.needed_bytes
+    assert plan.delivered_bytes == sum(n * len(b.hops) for n, b in sizes)
+    assert msgspec.structs.replace(plan).flow_bytes == plan.flow_bytes

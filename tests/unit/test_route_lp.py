@@ -1,0 +1,36 @@
+"""Routing and cuts against the exact optimum of a linear program."""
+
+import pytest
+from route_cases import MIB, check_routing, plan, random_case
+from route_lp import optimum_s
+
+BATCH = 40
+
+
+@pytest.mark.parametrize("relay", [True, False])
+@pytest.mark.parametrize("batch", range(5))
+def test_routing_is_within_five_percent_of_the_optimum_and_cuts_are_not_above_it(batch, relay):
+    count = 0
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        groups, sources, sinks, cluster = random_case(seed)
+        nodes, routing, times, bounds = plan(groups, sources, sinks, cluster, 4 * MIB, relay)
+        check_routing(groups, routing, nodes, relay)
+        optimum = optimum_s(groups, nodes, relay)
+        busiest = max((x.seconds for x in times.loads if x.name.startswith(("nic", "link"))), default=0.0)
+        assert busiest >= optimum * (1 - 1e-6), seed
+        assert busiest <= optimum * 1.05, seed
+        inside = ("egress of trainer rank", "install on", "host memory")
+        wire = [b.seconds for b in bounds if not b.name.startswith(inside)]
+        assert max(wire, default=0.0) <= optimum * (1 + 1e-6), seed
+        count += optimum > 0
+    assert count > BATCH // 2
+
+
+@pytest.mark.parametrize("batch", range(5))
+def test_with_relays_the_largest_cut_is_the_optimum_of_small_clusters(batch):
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        groups, sources, sinks, cluster = random_case(seed)
+        nodes, _, _, bounds = plan(groups, sources, sinks, cluster)
+        optimum = optimum_s(groups, nodes)
+        if optimum > 0:
+            assert bounds[0].seconds == pytest.approx(optimum, rel=1e-6), seed

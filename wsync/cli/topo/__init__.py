@@ -1,0 +1,26 @@
+"""``wsync topo``: one module per subcommand, each with ``add_parser(commands)``; this one only puts them together."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from wsync.cli.topo import check, save
+from wsync.cli.topo.exits import EPILOG, usage_status
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``topo`` with its subcommands."""
+    parser = commands.add_parser(
+        "topo",
+        help="check what links this machine's GPUs and NICs, from what tools print of it",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    subcommands = parser.add_subparsers(dest="topo_command", required=True, metavar="COMMAND")
+    for module in (check, save):
+        module.add_parser(subcommands)
+
+
+__all__ = ["add_parser", "usage_status"]

@@ -1,0 +1,165 @@
+"""State of GPUs that breaks peers: lost, MIG, fabric not up, errors in the kernel's log, boards that lack a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from wsync.topo.checks.base import Case, names
+from wsync.topo.checks.links import ISOLATED_REMEDY
+from wsync.topo.findings import Finding
+
+NVLINK_XIDS = {74, 144, 145, 146, 147, 148, 149, 150}
+"""NVLink errors; 144 to 150 on Blackwell. Source: NVIDIA's Xid catalog."""
+LOST_XIDS = {79, 119, 120, 154}
+"""Fallen off the bus, GSP timeouts and errors, recovery needed."""
+BAD_HEALTH = ("bandwidth", "route", "access timeout", "incorrect", "recovery")
+
+
+def check_gpus(case: Case) -> Iterator[Finding]:
+    """GPUs answer, are not cut into MIG instances, and need no reset."""
+    lost = [g for g in case.view.gpus if g.lost]
+    if lost:
+        yield case.finding(
+            "gpu.lost",
+            "CRIT",
+            lost,
+            f"the driver cannot talk to {names(lost)}",
+            "an answer",
+            "drain the node and power-cycle it; a GPU that falls off the bus again must be replaced",
+        )
+    cut = [g for g in case.view.gpus if g.mig]
+    if cut:
+        yield case.finding(
+            "gpu.mig",
+            "WARN",
+            cut,
+            f"MIG is enabled on {names(cut)}: no NVLink and no P2P",
+            "MIG off",
+            "nvidia-smi -mig 0, then reset the GPU",
+        )
+    reset = [g for g in case.view.gpus if g.reset_required]
+    if reset:
+        yield case.finding("gpu.reset-required", "CRIT", reset, f"{names(reset)} must be reset", remedy="nvidia-smi -r")
+    remap = [g for g in case.view.gpus if g.remap_failed]
+    if remap:
+        yield case.finding(
+            "gpu.remap-failed", "CRIT", remap, f"row remapping failed on {names(remap)}", remedy="replace the GPU"
+        )
+    yield from _check_count(case)
+
+
+def _check_count(case: Case) -> Iterator[Finding]:
+    count = len(case.view.gpus)
+    cut = any(not g.shown for g in case.view.gpus) or case.machine.gaps
+    if case.profile.board_sizes == () or case.shape.joined == "bridge" or cut or count < 5:
+        return
+    if count not in case.profile.board_sizes:
+        size = next((s for s in case.profile.board_sizes if s > count), count)
+        yield case.finding(
+            "gpu.count",
+            "WARN",
+            [],
+            f"{count} GPUs are in sight; boards of {case.profile.name} come with {size}",
+            f"{size} GPUs",
+            "see `lspci -d 10de:` and the kernel log for GPUs that the driver does not list",
+        )
+
+
+SWITCHES = {("a100-sxm", 8): 6, ("a100-sxm", 16): 12, ("h100-sxm", 8): 4, ("v100-sxm", 16): 12}
+"""NVSwitches of a board, by profile and number of GPUs. Source: HGX and DGX data sheets."""
+
+
+def check_switches(case: Case) -> Iterator[Finding]:
+    """A board has all its NVSwitches; links to a missing one are lost for every GPU."""
+    seen = [d for d in case.machine.pci if d.kind == "nvswitch"]
+    expected = SWITCHES.get((case.profile.name, len(case.view.gpus)))
+    if seen and expected is not None and len(seen) < expected:
+        yield case.finding(
+            "nvswitch.missing",
+            "CRIT",
+            seen,
+            f"{len(seen)} NVSwitches are in sight",
+            f"{expected} ({case.profile.name})",
+            "power-cycle the node; see the kernel log for SXid errors",
+        )
+
+
+def check_fabric(case: Case) -> Iterator[Finding]:
+    """The fabric manager has finished, with success, and one domain has one cluster and clique."""
+    for gpu in case.view.gpus:
+        fabric = gpu.fabric
+        if fabric is None:
+            continue
+        bad_state = fabric.state is not None and fabric.state != "Completed"
+        bad_status = fabric.status is not None and fabric.status != "Success"
+        if bad_state or bad_status:
+            yield case.finding(
+                "fabric.state",
+                "CRIT",
+                [gpu],
+                f"fabric of {gpu.label}: {fabric.state}, {fabric.status}",
+                "Completed, Success",
+                "see `systemctl status nvidia-fabricmanager` and its log; restart it",
+            )
+        degraded = {k: v for k, v in fabric.health.items() if _is_bad(k, v)}
+        if degraded:
+            shown = ", ".join(f"{k} {v}" for k, v in sorted(degraded.items()))
+            yield case.finding(
+                "fabric.health", "WARN", [gpu], f"fabric health of {gpu.label}: {shown}", "healthy", ISOLATED_REMEDY
+            )
+    for field in ("cluster", "clique"):
+        values = {getattr(g.fabric, field) for g in case.view.gpus if g.fabric is not None} - {None}
+        if len(values) > 1:
+            yield case.finding(
+                "fabric.split",
+                "CRIT",
+                list(case.view.gpus),
+                f"GPUs of one host are of {len(values)} fabric {field}s",
+                "one",
+                "correct the partition in the fabric manager",
+            )
+
+
+def _is_bad(key: str, value: str) -> bool:
+    good = ("Full", "False", "No", "None", "Healthy", "OK", "N/A", "Not Supported", "0")
+    return any(word in key.lower() for word in (*BAD_HEALTH, "summary")) and value not in good
+
+
+def check_xids(case: Case) -> Iterator[Finding]:
+    """Errors that the kernel logged: those of NVLink and of lost GPUs are faults, others are worth knowing."""
+    for codes, finding_id, what in (
+        (NVLINK_XIDS, "xid.nvlink", "NVLink errors"),
+        (LOST_XIDS, "xid.lost", "GPUs that fell off the bus or must recover"),
+    ):
+        hit = [x for x in case.machine.xids if {x.code, x.cause} & codes]
+        if hit:
+            buses = list(dict.fromkeys(x.bus_id for x in hit))
+            seen = sorted({c for x in hit for c in (x.code, x.cause) if c in codes})
+            shown = ", ".join(map(str, seen))
+            gpus = [next((g for g in case.view.gpus if g.bus_id == bus), bus) for bus in buses]
+            found = case.finding(
+                finding_id,
+                "CRIT",
+                gpus,
+                f"Xid {shown} of {', '.join(buses)}: {what}",
+                "no such Xid",
+                ISOLATED_REMEDY,
+            )
+            yield _with_buses(found, buses)
+    known = NVLINK_XIDS | LOST_XIDS
+    rest = [x for x in case.machine.xids if not {x.code, x.cause} & known]
+    if rest:
+        codes_seen = sorted({x.code for x in rest})
+        yield case.finding(
+            "xid.other",
+            "INFO",
+            sorted({x.bus_id for x in rest}),
+            f"Xid {', '.join(map(str, codes_seen))} was logged",
+            remedy="look it up in NVIDIA's Xid catalog",
+        )
+
+
+def _with_buses(finding: Finding, buses: list[str]) -> Finding:
+    from msgspec.structs import replace
+
+    return replace(finding, subject=replace(finding.subject, bus_ids=tuple(buses)))

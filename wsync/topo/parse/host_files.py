@@ -1,0 +1,118 @@
+"""Small files of a host: ``ibstatus``, NUMA nodes of sysfs, the kernel's command line and log, ``NCCL_IB_HCA``."""
+
+from __future__ import annotations
+
+import re
+
+from wsync.topo.model import HcaList, KernelLine, Machine, Nic, NumaNode, Xid
+from wsync.topo.parse.text import MAX_DEVICES, bus_id, expand
+
+_IB = re.compile(r"Infiniband device '([^']{1,64})' port (\d{1,3}) status:", re.I)
+_IB_KEY = re.compile(r"\s*([a-z][a-z _]*?)\s*:\s+(.+?)\s*$")
+_NUMA = re.compile(r"node(\d{1,4})/(cpulist|distance):\s*(.*?)\s*$")
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d{1,4})(?:.*?previous Xid (\d{1,4}))?")
+_CMDLINE = re.compile(r"^(?:(\S{1,64})[ :]+)?(?:GRUB_CMDLINE_LINUX\w*\s*[:=]|/proc/cmdline:|BOOT_IMAGE=)\s*(.*)$")
+_HCA = re.compile(r"NCCL_IB_HCA\s*=\s*(?:\"([^\"\n]*)\"|'([^'\n]*)'|([^\s\"'#;]+))")
+_HCA_ENTRY = re.compile(r"[\^=]{0,2}[A-Za-z][\w.\-]*(?::\d{1,3})?")
+
+
+def looks_like_ibstatus(text: str) -> bool:
+    """Whether a line names an InfiniBand device's port."""
+    return _IB.search(text) is not None
+
+
+def parse_ibstatus(text: str, source: str) -> Machine:
+    """Read ports: state, rate, link layer. Port 2 of a device is called ``mlx5_0:2``."""
+    nics: list[Nic] = []
+    keys: dict[str, str] = {}
+    name = ""
+
+    def flush() -> None:
+        if not name or len(nics) >= MAX_DEVICES:
+            return
+        rate = re.match(r"\d+(?:\.\d+)?", keys.get("rate", ""))
+        state = keys.get("state", "").partition(":")[2].strip() or None
+        physical = keys.get("phys state", "")
+        up = state if state != "ACTIVE" or "LinkUp" in physical or not physical else "DOWN"
+        nics.append(Nic(name, rate_gbit=float(rate[0]) if rate else None, state=up, link_layer=keys.get("link_layer")))
+
+    for line in text.splitlines():
+        found, key = _IB.search(line), _IB_KEY.match(line)
+        if found:
+            flush()
+            name, keys = found[1] if found[2] == "1" else f"{found[1]}:{found[2]}", {}
+        elif key:
+            keys[key[1]] = key[2]
+    flush()
+    return Machine(nics=tuple(nics), sources=(source,))
+
+
+def looks_like_numa(text: str) -> bool:
+    """Whether it lists sysfs files of NUMA nodes."""
+    return _NUMA.search(text) is not None
+
+
+def parse_numa(text: str, source: str) -> Machine:
+    """Read ``.../nodeN/cpulist:`` and ``.../nodeN/distance:`` lines (``grep . /sys/devices/system/node/node*/...``)."""
+    nodes: dict[int, dict[str, str]] = {}
+    for line in text.splitlines():
+        found = _NUMA.search(line)
+        if found:
+            nodes.setdefault(int(found[1]), {})[found[2]] = found[3]
+    return Machine(
+        numa_nodes=tuple(
+            NumaNode(i, cpus=n.get("cpulist"), distances=_distances(n.get("distance", ""))) for i, n in nodes.items()
+        ),
+        sources=(source,),
+    )
+
+
+def _distances(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split() if n.isdigit() and len(n) < 6)
+
+
+def looks_like_kernel(text: str) -> bool:
+    """Whether it has a kernel's command line or an Xid."""
+    return _XID.search(text) is not None or any(_CMDLINE.match(line) for line in text.splitlines())
+
+
+def parse_kernel(text: str, source: str) -> Machine:
+    """Read Xids of a kernel log, command lines, and values of ``NCCL_IB_HCA`` that stand between them."""
+    xids = [(bus_id(m[1] + ".0"), int(m[2]), int(m[3]) if m[3] else None) for m in _XID.finditer(text)]
+    lines = [m for m in map(_CMDLINE.match, text.splitlines()) if m]
+    return Machine(
+        xids=tuple(dict.fromkeys(Xid(bus, code, cause) for bus, code, cause in xids if bus is not None)),
+        kernel=tuple(KernelLine(m[2], m[1]) for m in lines),
+        hca_lists=_assignments(text),
+        sources=(source,),
+    )
+
+
+def looks_like_hca(text: str) -> bool:
+    """Whether it sets ``NCCL_IB_HCA``, or has a column of that name."""
+    return _HCA.search(text) is not None or re.match(r"[^\n]*\tNCCL_IB_HCA\b", text) is not None
+
+
+def parse_hca(text: str, source: str) -> Machine:
+    """Read values of ``NCCL_IB_HCA``: assignments, or a table with a column of that name."""
+    lists = list(_assignments(text))
+    rows = [line.split("\t") for line in text.splitlines()]
+    if rows and "NCCL_IB_HCA" in rows[0]:
+        column = rows[0].index("NCCL_IB_HCA")
+        lists += [HcaList(_entries(r[column]), r[0]) for r in rows[1:] if len(r) > column and column]
+    return Machine(hca_lists=tuple(lists), sources=(source,))
+
+
+def _assignments(text: str) -> tuple[HcaList, ...]:
+    return tuple(HcaList(_entries(m[1] or m[2] or m[3] or "")) for m in _HCA.finditer(text))
+
+
+def _entries(value: str) -> tuple[str, ...]:
+    parts = [p.strip() for p in value.strip().strip("\"'").split(",")]
+    return tuple(p for p in parts if _HCA_ENTRY.fullmatch(p))
+
+
+def cpu_count(ranges: str | None) -> int | None:
+    """How many CPUs a list names; None for what is no list."""
+    found = expand(ranges) if ranges else None
+    return None if found is None else len(found)
