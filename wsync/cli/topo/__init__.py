@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wsync.cli.topo import check, save
+from wsync.cli.topo import achieved, advise, bandwidth, check, compare, golden, lint, plan, save
 from wsync.cli.topo.exits import EPILOG, usage_status
 
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     subcommands = parser.add_subparsers(dest="topo_command", required=True, metavar="COMMAND")
-    for module in (check, save):
+    for module in (check, save, compare, golden, lint, advise, plan, bandwidth, achieved):
         module.add_parser(subcommands)
 
 

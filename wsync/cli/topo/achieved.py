@@ -1,0 +1,74 @@
+"""``wsync topo achieved``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from wsync.cli.output import check_writable, stdout_console, write_json
+from wsync.cli.topo.exits import exit_of
+from wsync.cli.topo.lines import print_verdict
+from wsync.errors import ConfigError
+from wsync.topo.achieved import Achieved, compare_run, decode_prediction, decode_runs
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``achieved``."""
+    parser = commands.add_parser(
+        "achieved", help="compare a publish with its prediction and say where it is lost", allow_abbrev=False
+    )
+    parser.add_argument(
+        "report", metavar="REPORT", help="a PublishReport as JSON, or what `wsync bench e2e --json` wrote"
+    )
+    parser.add_argument("--plan", metavar="FILE", required=True, help="what `wsync topo plan --json FILE` wrote")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="write the comparison as JSON (-: to stdout)"
+    )
+    parser.set_defaults(run=run_achieved)
+
+
+def run_achieved(args: argparse.Namespace) -> int:
+    """Print the comparison of each publish; OK is 0, less than 90 % of the predicted rate 1.
+
+    Raises:
+        WsyncError: a file cannot be read, or is something else.
+    """
+    check_writable(args.json, "--json")
+    prediction = decode_prediction(_read(args.plan), Path(args.plan).name)
+    runs = decode_runs(_read(args.report), Path(args.report).name)
+    if not runs:
+        raise ConfigError(f"{args.report} has no publish of wsync")
+    found = [compare_run(run, prediction) for run in runs]
+    if args.json:
+        write_json(found, args.json)
+    if args.json != "-":
+        for one in found:
+            _print(one)
+    return exit_of("WARN" if any(one.verdict == "WARN" for one in found) else "OK")
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+
+
+def _print(one: Achieved) -> None:
+    console = stdout_console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    print_verdict(
+        one.verdict,
+        f"{one.name}: {one.wire_gbps:.4g} of {one.predicted_gbps:.4g} GB/s predicted; wire {one.wire_s:.3g} s of "
+        f"{one.total_s:.3g} s, {one.predicted_s:.3g} s predicted; bound by {one.bound}",
+    )
+    for loss in one.losses:
+        say(f"  lost: {loss}")
+    for link in one.links[:8]:
+        say(f"  {link.name}: {link.achieved_gbps:g} of {link.predicted_gbps:g} GB/s ({link.share:.0%})")
+    for phase in one.phases:
+        say(f"  {phase.name}: {phase.seconds:.3g} s ({phase.rank}), usually {phase.usual_s:.3g} s")

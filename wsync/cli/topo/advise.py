@@ -1,0 +1,89 @@
+"""``wsync topo advise``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from wsync.cli.output import EXIT_OK, check_writable, stderr_console, stdout_console, write_json
+from wsync.cli.topo.inputs import add_arguments, read_inputs
+from wsync.errors import ConfigError
+from wsync.topo.advise import Advised, advise
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``advise``."""
+    parser = commands.add_parser(
+        "advise", help="NCCL variables that differ from NCCL's defaults, with reasons", allow_abbrev=False
+    )
+    add_arguments(parser)
+    parser.add_argument(
+        "--platform", metavar="NAME", help="expect this GPU model instead of the one that was recognised"
+    )
+    parser.add_argument(
+        "--fabric",
+        choices=("rails", "shared"),
+        default="unknown",
+        help="rails: NICs of equal position have switches of their own; shared: all NICs of a host are on one switch",
+    )
+    parser.add_argument("--export", action="store_true", help="print lines for a shell; reasons go to stderr")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the advice as JSON (-: to stdout)")
+    parser.set_defaults(run=run_advise)
+
+
+def run_advise(args: argparse.Namespace) -> int:
+    """Print the advice for each host.
+
+    Raises:
+        ConfigError: an input cannot be read, or ``--export`` for several hosts that need different variables.
+    """
+    check_writable(args.json, "--json")
+    topology = read_inputs(args.inputs, args.host)
+    for gap in (g for m in topology.machines for g in m.gaps if g.fatal):
+        raise ConfigError(gap.what)
+    if not topology.machines:
+        raise ConfigError("advise needs at least 1 machine, got 0")
+    advised = [advise(m, args.platform, args.fabric) for m in topology.machines]
+    if args.json:
+        write_json(advised, args.json)
+    if args.export:
+        _print_export(advised)
+    elif args.json != "-":
+        for one in advised:
+            _print(one)
+    return EXIT_OK
+
+
+def _print_export(advised: list[Advised]) -> None:
+    wanted = {tuple((a.name, a.value) for a in one.advice) for one in advised}
+    if len(wanted) > 1:
+        hosts = ", ".join(str(one.host) for one in advised)
+        raise ConfigError(
+            f"{len(advised)} hosts ({hosts}) need {len(wanted)} different environments, --export prints 1",
+            hint="call it once for each host",
+        )
+    for one in advised[:1]:
+        for advice in one.advice:
+            stdout_console().print(
+                f"export {advice.name}={shlex.quote(advice.value)}", markup=False, highlight=False, soft_wrap=True
+            )
+            stderr_console().print(f"{advice.name}: {advice.reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(one: Advised) -> None:
+    console = stdout_console()
+    count = f"{len(one.advice)} variables" if one.advice else "NCCL's defaults are right"
+    console.print(f"{one.host or 'this machine'}: {count}", markup=False, highlight=False, soft_wrap=True)
+    for advice in one.advice:
+        lines = [
+            f"  {advice.name}={advice.value}",
+            f"      instead of: {advice.default}",
+            f"      because: {advice.reason}",
+        ]
+        if advice.measure:
+            lines.append("      measure with and without it")
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for note in one.notes:
+        console.print(f"  note: {note}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,102 @@
+"""``wsync topo lint``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from wsync.cli.output import check_writable, print_error, write_json
+from wsync.cli.topo.exits import exit_of
+from wsync.cli.topo.inputs import read_inputs
+from wsync.cli.topo.lines import print_findings, print_verdict
+from wsync.errors import ConfigError
+from wsync.topo.findings import worst
+from wsync.topo.lint import LintReport, lint
+from wsync.topo.lint_env import Assignment, assignments_of, lint_tables, names_of, parse_environment
+from wsync.topo.model import Machine
+from wsync.topo.parse.text import MAX_INPUT_BYTES
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``lint``."""
+    parser = commands.add_parser("lint", help="lint NCCL_TOPO_FILE and NCCL's environment", allow_abbrev=False)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="XML for NCCL_TOPO_FILE")
+    parser.add_argument(
+        "--env",
+        metavar="FILE",
+        help="output of env, a script, /etc/nccl.conf, /proc/PID/environ or a table with a column NCCL_IB_HCA "
+        "(-: stdin). Without FILE and without --env the environment of this process is linted",
+    )
+    parser.add_argument(
+        "--machine",
+        metavar="FILE|FOLDER",
+        action="append",
+        default=[],
+        help="what the host's own tools say of it: bus ids and devices that it lacks are findings; may be repeated",
+    )
+    parser.add_argument("--sysfs", metavar="DIR", help="root of this host's sysfs (/sys), to look for the bus ids")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the report as JSON (-: to stdout)")
+    parser.set_defaults(run=run_lint)
+
+
+def run_lint(args: argparse.Namespace) -> int:
+    """Print the findings and return the verdict's exit status; what cannot be read is UNKNOWN."""
+    check_writable(args.json, "--json")
+    try:
+        report = _lint(args)
+    except ConfigError as e:
+        print_error(e)
+        return exit_of("UNKNOWN")
+    if args.json:
+        write_json(report, args.json)
+    if args.json != "-":
+        print_verdict(report.verdict, ", ".join(report.inputs))
+        print_findings(report.findings)
+    return exit_of(report.verdict)
+
+
+def _lint(args: argparse.Namespace) -> LintReport:
+    machine = _read_machine(args.machine)
+    sysfs = Path(args.sysfs) if args.sysfs else None
+    if args.env is None and args.files:
+        return lint(args.files, None, machine, sysfs=sysfs)
+    if args.env is None:
+        variables = assignments_of(os.environ)
+        return lint((), variables, machine, _count("environment of this process", variables), sysfs, follow=True)
+    data, name = _read_bytes(args.env)
+    variables = parse_environment(data, name)
+    tables = lint_tables(data, machine, name)
+    report = lint(args.files, variables, machine, _count(name, variables) if not tables else name, sysfs)
+    if not tables:
+        return report
+    findings = (*tables, *report.findings)
+    return LintReport(worst(findings), report.inputs, findings)
+
+
+def _count(name: str, variables: tuple[Assignment, ...]) -> str:
+    return f"{name} ({len(names_of(variables))} variables of NCCL)"
+
+
+def _read_machine(inputs: list[str]) -> Machine | None:
+    if not inputs:
+        return None
+    machines = read_inputs(inputs, None).machines
+    if len(machines) != 1:
+        raise ConfigError(f"--machine describes {len(machines)} hosts, lint compares with 1")
+    for gap in machines[0].gaps:
+        if gap.fatal:
+            raise ConfigError(gap.what)
+    return machines[0]
+
+
+def _read_bytes(target: str) -> tuple[bytes, str]:
+    if target == "-":
+        return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin"
+    try:
+        with Path(target).open("rb") as file:
+            return file.read(MAX_INPUT_BYTES + 1), Path(target).name
+    except OSError as e:
+        raise ConfigError(f"{target} cannot be read: {e.strerror}") from e
