@@ -8,7 +8,9 @@ from pathlib import Path
 from wsync.topo.findings import GUIDE, guide_link
 
 ROOT = Path(__file__).parents[2]
-AREAS = "input|sources|platform|host|nvlink|nvswitch|matrix|p2p|gpu|fabric|xid|pcie|vm|nic|numa|nccl|lint|probe|bandwidth"
+AREAS = (
+    "input|sources|platform|host|nvlink|nvswitch|matrix|p2p|gpu|fabric|xid|pcie|vm|nic|numa|nccl|lint|probe|bandwidth"
+)
 
 
 def test_every_finding_has_a_heading_and_every_heading_a_finding():
