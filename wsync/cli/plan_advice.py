@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,9 @@ def kind_of(cut: str) -> str:
 def _cut_advice(facts: Facts) -> Iterator[str]:
     cut, seconds = facts.plan.binding_cut, facts.plan.lower_bound_s
     kind = kind_of(cut)
-    if kind == "egress":
+    if " of nics " in cut:
+        yield _some_nics(facts)
+    elif kind == "egress":
         yield from _egress(facts)
     elif kind == "ingress":
         yield from _ingress(facts)
@@ -81,6 +84,17 @@ def _cut_advice(facts: Facts) -> Iterator[str]:
     rest = next((b for b in facts.plan.bounds if kind_of(b.name) != kind), None)
     if rest is not None:
         yield f"the next limit of another kind is {rest.name} at {rest.seconds:.3g} s"
+
+
+def _some_nics(facts: Facts) -> str:
+    """Some NICs of a node bind, not all of them."""
+    cut, seconds = facts.plan.binding_cut, facts.plan.lower_bound_s
+    text = f"{cut} binds ({seconds:.3g} s): the ranks that have to use it reach no other NIC of their node"
+    found = re.fullmatch(r"(\w+) of nics [0-9, ]+ of node (.*)", cut)
+    whole = next((b for b in facts.plan.bounds if found and b.name == f"{found[1]} of node {found[2]}"), None)
+    if whole is None:
+        return text
+    return f"{text}. NICs of one rate next to every GPU, or NVLink between the GPUs: about {whole.seconds:.3g} s"
 
 
 def _egress(facts: Facts) -> Iterator[str]:
@@ -130,10 +144,11 @@ def _plan_advice(facts: Facts) -> Iterator[str]:
     if plan.score <= GOOD_SCORE:
         return
     if times.loads and times.busiest_s > plan.lower_bound_s * (1 + _WORTH):
-        busiest = times.loads[0]
+        busiest, mean = times.loads[0], _mean_of_nics(times)
+        uneven = f", the NICs of that node {mean:.3g} s on average" if mean else ""
         yield (
-            f"{busiest.name} is busy for {busiest.seconds:.3g} s, {times.busiest_s / plan.lower_bound_s:.2f} times the "
-            "bound: smaller buckets (--bucket-bytes) spread the bytes more evenly"
+            f"{busiest.name} is busy for {busiest.seconds:.3g} s{uneven}, {times.busiest_s / plan.lower_bound_s:.2f} "
+            "times the bound: smaller buckets (--bucket-bytes) spread the bytes more evenly"
         )
     if times.fill_s > _WORTH * plan.time_s:
         hops = max(len(tree.hops) for tree in plan.trees)
@@ -146,3 +161,13 @@ def _plan_advice(facts: Facts) -> Iterator[str]:
             f"the exchange of {plan.amax_elements} amaxes takes {times.amax_s:.3g} s: shards that end at multiples of "
             "the scale blocks' rows need none"
         )
+
+
+def _mean_of_nics(times: Times) -> float:
+    """Seconds that the NICs of the busiest one's node take on average, in its direction; 0.0 if it is no NIC."""
+    kind, _, rest = times.loads[0].name.partition(" ")
+    _, _, node = rest.partition(" ")
+    if kind != "nic":
+        return 0.0
+    same = [x.seconds for x in times.loads if re.fullmatch(rf"nic \d+ {re.escape(node)}", x.name)]
+    return sum(same) / len(same)
