@@ -9,6 +9,7 @@ from wsync.plan.flows import Route, Routing, Share
 from wsync.plan.nodes import Nodes
 from wsync.sim.policies.moves import Moves, TreeBook
 from wsync.sim.policies.trees import TreeMaker
+from wsync.sim.presets.machines import RDMA_ALPHA_S
 from wsync.spec.box import Box
 from wsync.spec.cluster import Cluster, Nic, NodeGroup
 from wsync.spec.dtypes import itemsize
@@ -95,7 +96,8 @@ def small_case(num_layers: int = 8) -> PeerCase:
         nvlink_domain=8,
         nics=tuple(Nic(50.0, rail) for rail in range(8)),
     )
-    return PeerCase(fsdp_source(tensors, trainers, replicas=2), tp_sink(tensors, engines), Cluster((group,)), 2, 4)
+    cluster = Cluster((group,), alpha_s=RDMA_ALPHA_S)
+    return PeerCase(fsdp_source(tensors, trainers, replicas=2), tp_sink(tensors, engines), cluster, 2, 4)
 
 
 def box_bytes(tensor: TensorSpec, box: Box) -> int:
