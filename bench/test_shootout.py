@@ -21,6 +21,7 @@ def test_no_policy_is_faster_than_the_plan(name):
     result = run_preset(name)
     ours = result.row(WSYNC)
     assert not result.beaten_by, (result.beaten_by, [(r.policy, r.score) for r in result.rows])
+    assert ours.score <= 1.05
     assert all(ours.entering_ratio <= row.entering_ratio * (1 + 1e-9) for row in result.rows)
 
 

@@ -110,7 +110,9 @@ def shootout_table_of(result: ShootoutResult) -> str:
     """Time over the lower bound, a row for each preset and a column for each policy; then the planners. Markdown."""
     policies = [r.policy for r in result.presets[0].rows]
     lines = [
-        "| time over lower bound | " + " | ".join(f"**{p}**" if p == WSYNC else p for p in policies) + " | worse |",
+        "| time over lower bound | "
+        + " | ".join(f"**{p}**" if p == WSYNC else p for p in policies)
+        + " | wsync beaten by |",
         "|---|" + "---:|" * len(policies) + "---|",
     ]
     for preset in result.presets:
@@ -127,7 +129,7 @@ def shootout_table_of(result: ShootoutResult) -> str:
 
 
 def _score(row: PolicyRow) -> str:
-    text = f"{row.score:.2f}" if row.score < 10 else f"{row.score:.0f}"
+    text = f"{row.score:.3f}" if row.score < 2 else f"{row.score:.2f}" if row.score < 10 else f"{row.score:.0f}"
     return f"**{text}**" if row.policy == WSYNC else text
 
 
