@@ -28,14 +28,14 @@ def result_of(other_s=2.0, verdict="ok"):
 
 def test_the_table_has_scores_bytes_and_planners():
     table = shootout_table_of(result_of())
-    assert "| small | **1.00** | 2.00 | never |" in table
+    assert "| small | **1.000** | 2.00 | never |" in table
     assert "| bytes into domains over need, mean | 1.00 | 2.00 | |" in table
     assert "| other 0.9 | 4.00 | 2.00 | 500 ms |" in table
     assert "| absent | not installed: absent_module | | |" in table
 
 
 def test_a_policy_that_is_faster_is_named():
-    assert "| small | **1.00** | 0.90 | ring |" in shootout_table_of(result_of(0.9, "beaten"))
+    assert "| small | **1.000** | 0.900 | ring |" in shootout_table_of(result_of(0.9, "beaten"))
     assert "WSYNC IS BEATEN" in shootout_table_of(result_of(0.9, "beaten"))
 
 
