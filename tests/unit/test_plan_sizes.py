@@ -11,9 +11,9 @@ from plan_runs import fleet, planned, random_cluster
 
 from wsync.errors import ConfigError
 from wsync.formats import delta
-from wsync.plan import PlanOptions, expand_plan, make_plan, sink_slices, source_slices
+from wsync.plan import Planner, PlanOptions, expand_plan, make_plan, sink_slices, source_slices
 from wsync.plan.assemble import bucket_room
-from wsync.plan.delta_size import expected_bytes
+from wsync.plan.delta_size import bits_per_change, expected_bytes
 from wsync.plan.expand import Expansion
 from wsync.plan.flows import Entry, Flow, Tree
 from wsync.plan.packing import BucketCounter
@@ -79,10 +79,48 @@ def test_sparse_changes_make_a_plan_faster_but_not_its_buckets_smaller():
     assert delta_plan(1.0).flows == dense.flows
 
 
-@pytest.mark.parametrize("density", [-0.1, 1.5, float("nan"), {"model.": 2.0}])
+@pytest.mark.parametrize("elem_bytes", [1, 2, 4])
+def test_the_rarer_the_changes_the_smaller_the_delta_down_to_none(elem_bytes):
+    sizes = [expected_bytes(10**9, elem_bytes, d) for d in (1e-3, 1e-6, 1e-9, 1e-13, 1e-16, 1e-17, 1e-300, 5e-324, 0)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[3] < 64
+    assert sizes[-2] == sizes[-1]
+
+
+def test_no_gap_is_longer_than_the_tensor():
+    assert bits_per_change(1e-12, 1 << 16) <= 64
+    assert bits_per_change(1e-300, 1 << 30) <= 2000
+
+
+def test_a_plan_for_changes_that_are_hardly_there_sends_deltas():
+    for density in (1e-13, 1e-17):
+        assert {u.planned for c in delta_plan(density).classes for u in c.units} == {"delta"}
+
+
+@pytest.mark.parametrize(
+    "density",
+    [-0.1, 1.5, float("nan"), {"model.": 2.0}, [0.5], "x", True, {"model.": "0.1"}, {"model.": None}],
+)
 def test_a_density_that_cannot_be_is_refused(density):
     with pytest.raises(ConfigError, match=r"density.*allowed is 0 to 1"):
         delta_plan(density)
+
+
+def test_the_density_of_what_is_no_prefix_is_refused():
+    with pytest.raises(ConfigError, match=r"density has the key 1, allowed are prefixes"):
+        delta_plan({1: 0.5})
+
+
+@pytest.mark.parametrize("size", ["4096", 4096.0, True, 4097, 0, -256, 1 << 41])
+def test_a_size_of_buckets_that_cannot_be_is_refused(size):
+    with pytest.raises(ConfigError, match=r"bucket_bytes is .*allowed are multiples of 256"):
+        Planner(fsdp_source(MODEL, ["h"]), None, PlanOptions(size))
+
+
+@pytest.mark.parametrize("relay", ["no", None, 1])
+def test_relays_are_allowed_or_not(relay):
+    with pytest.raises(ConfigError, match=r"relay is .*, allowed are True and False"):
+        Planner(fsdp_source(MODEL, ["h"]), None, PlanOptions(relay=relay))
 
 
 # ---- buckets
