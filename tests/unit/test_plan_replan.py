@@ -10,6 +10,7 @@ from plan_runs import HOSTS, fleet, num_relays, random_cluster, replica_of, run_
 
 import wsync.plan.membership
 import wsync.plan.replan
+from wsync.errors import ManifestError
 from wsync.plan import Planner, encode_plan
 from wsync.plan.replan import GOOD_SCORE
 from wsync.plan.route import route
@@ -201,3 +202,12 @@ def test_replicas_beside_trainers_are_routed_anew_when_they_join():
     planner.plan(fleet_of("e0", "t0"))
     more = fleet_of("e0", "t0", "t1")
     assert encode_plan(planner.plan(more)) == encode_plan(new_planner().plan(more))
+
+
+def test_a_rank_that_is_listed_twice_is_refused():
+    planner = new_planner()
+    sink = fleet_of("e0", "e1")
+    planner.plan(sink)
+    with pytest.raises(ManifestError, match=r"rank 3 of replica 'e0' .*twice, as sink 3 and as sink 8"):
+        planner.plan(SinkManifest((*sink.ranks, sink.ranks[3])))
+    assert encode_plan(planner.plan(sink)) == encode_plan(new_planner().plan(sink))

@@ -161,6 +161,7 @@ class Planner:
     def _survey(self, sink: SinkManifest) -> tuple[Sinks, _Model, Nodes]:
         if not sink.ranks:
             raise ManifestError("a plan needs at least 1 engine rank, got 0")
+        _check_unique(sink)
         sinks = Sinks(sink, self._ranks)
         model = self._model_for(sinks)
         return sinks, model, find_nodes(self._holdings.source, sink, self._cluster)
@@ -265,9 +266,22 @@ def _needed_bytes(classes: Sequence[TensorClass]) -> dict[int, int]:
     return found
 
 
+def _check_unique(sink: SinkManifest) -> None:
+    seen: dict[tuple[str, int], int] = {}
+    for sink_idx, rank in enumerate(sink.ranks):
+        other = seen.setdefault((rank.replica, rank.rank), sink_idx)
+        if other != sink_idx:
+            raise ManifestError(
+                f"rank {rank.rank} of replica {rank.replica!r} is in the sink manifest twice, as sink {other} and as "
+                f"sink {sink_idx}",
+                hint="give each replica a name of its own",
+            )
+
+
 def _check_options(options: PlanOptions) -> None:
     size = options.bucket_bytes
-    if size is not None and (size % ALIGNMENT or not 0 < size <= MAX_BUCKET_BYTES):
-        raise ConfigError(
-            f"bucket_bytes is {size}, allowed are multiples of {ALIGNMENT} from {ALIGNMENT} to {MAX_BUCKET_BYTES}"
-        )
+    allowed = f"allowed are multiples of {ALIGNMENT} from {ALIGNMENT} to {MAX_BUCKET_BYTES}"
+    if size is not None and (type(size) is not int or size % ALIGNMENT or not 0 < size <= MAX_BUCKET_BYTES):
+        raise ConfigError(f"bucket_bytes is {size!r}, {allowed}, as an int")
+    if not isinstance(options.relay, bool):
+        raise ConfigError(f"relay is {options.relay!r}, allowed are True and False")
