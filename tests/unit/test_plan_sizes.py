@@ -12,11 +12,10 @@ from plan_runs import fleet, planned, random_cluster
 from wsync.errors import ConfigError
 from wsync.formats import delta
 from wsync.plan import Planner, PlanOptions, expand_plan, make_plan, sink_slices, source_slices
-from wsync.plan.assemble import bucket_room
 from wsync.plan.delta_size import bits_per_change, expected_bytes
 from wsync.plan.expand import Expansion
 from wsync.plan.flows import Entry, Flow, Tree
-from wsync.plan.packing import BucketCounter
+from wsync.plan.packing import BucketCounter, bucket_room
 from wsync.plan.plans import RING_BUCKETS, PlanClass, PlanPart, PlanUnit
 from wsync.plan.types import ALIGNMENT, MODE_COPY, MODE_FUSED, SOURCE
 from wsync.spec.box import Box

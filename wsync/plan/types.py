@@ -189,3 +189,5 @@ DEFAULT_BUCKET_BYTES = 4 << 20
 MAX_BUCKET_BYTES = 1 << 40
 MAX_BUCKETS = 1 << 30
 """Numbers of buckets stay below: they are message tags."""
+MAX_WIRE_BYTES = (8 << 63) - 1
+"""Logical wire offsets stay below: digests number the words of the whole wire by 64-bit integers."""
