@@ -27,6 +27,7 @@ class Routed:
         nodes: of the job then.
         trees, flows: of the plan.
         score: that the last full routing reached.
+        num_sinks: of that routing.
     """
 
     sinks: Sinks
@@ -34,6 +35,7 @@ class Routed:
     trees: tuple[Tree, ...]
     flows: tuple[Flow, ...]
     score: float
+    num_sinks: int
 
 
 def patch(
