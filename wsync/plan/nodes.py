@@ -40,7 +40,7 @@ class Nodes:
         groups: of the nodes, for their rates.
         cluster: they belong to.
         source_node, sink_node: node index of each trainer rank and of each sink.
-        network_cost, local_cost: attoseconds that one byte takes through the ports of a node, and between ranks of it.
+        local_cost: attoseconds that one byte takes between ranks of each node.
         sources, sinks: where each trainer rank and each sink is, and what it reaches.
         nics: of all nodes, each node's in order.
         ports: every set of NICs that a rank reaches.
@@ -55,7 +55,6 @@ class Nodes:
     cluster: Cluster
     source_node: tuple[int, ...]
     sink_node: tuple[int, ...]
-    network_cost: tuple[int, ...]
     local_cost: tuple[int, ...]
     sources: tuple[Lane, ...]
     sinks: tuple[Lane, ...]
@@ -65,11 +64,6 @@ class Nodes:
     island_names: tuple[str, ...]
     zone: tuple[int, ...]
     zones: Zones
-
-    def source_nic(self, rank: int, rail: int) -> int:
-        """Index into ``nics`` of the one that trainer rank ``rank`` sends on for a hop of ``rail``."""
-        reach = self.sources[rank].reach
-        return reach[rail % len(reach)]
 
     def sink_nic(self, sink_idx: int, rail: int) -> int:
         """Index into ``nics`` of the one that a sink sends or receives on for a hop of ``rail``."""
@@ -107,15 +101,12 @@ def nodes_of(source_hosts: Sequence[str], sink_hosts: Sequence[str], cluster: Cl
     ports, (sources, sinks) = find_ports([n.rate_gbps for n in nics], sources, sinks)
     island, island_names = find_islands(names, groups, cluster)
     zone, zones = find_zones(groups, cluster)
-    # A node without ports is never chosen to send to others where any other holder exists.
-    network = tuple(byte_cost(g.network_gbps) if g.nics else ATTOSECONDS for g in groups)
     return Nodes(
         names,
         groups,
         cluster,
         source_node,
         sink_node,
-        network,
         tuple(byte_cost(g.local_gbps) for g in groups),
         sources,
         sinks,
