@@ -20,7 +20,8 @@ def make_plan(
     Equal arguments give equal bytes (`plan_digest`); everything but ``bounds`` and ``time_s`` is integer arithmetic.
 
     Args:
-        source: what the trainer ranks hold.
+        source: what the trainer ranks hold. Ranks whose `RankInfo` names no GPU share those of a node with ranks of
+            the other side only where it has too few for both.
         sink: what the engine ranks need.
         cluster: the machines; None for `default_cluster` of the hosts that the ranks name.
         options: None for the defaults.

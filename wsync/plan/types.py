@@ -158,7 +158,7 @@ class SinkSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bound(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One cut of the cluster: no plan is faster.
+    """One cut of the cluster: no plan is faster in which engine ranks pass on only what they need themselves.
 
     Attributes:
         name: of the cut, such as ``ingress of node h1``.
