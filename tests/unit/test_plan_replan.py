@@ -24,7 +24,9 @@ from wsync.spec.manifest import SinkRankManifest
 from wsync.spec.serde import decode, encode
 from wsync.testing.generators import Scenario, dense_tensors, fsdp_source, tp_sink
 
-SLOW_SEEDS = (0,)
+SLOW_SEEDS = (7, 32, 33, 34)
+"""Fleets whose patched plans were a tenth slower than fresh ones and more, while an older score was the measure."""
+
 SEEDS = st.integers(0, 2**32 - 1)
 MODEL = dense_tensors(4, 2048, 16, 16, 128, 8192, 32768)
 

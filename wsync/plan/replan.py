@@ -164,8 +164,9 @@ class Planner:
         trees: tuple[Tree, ...],
         flows: tuple[Flow, ...],
     ) -> Plan:
+        sizes = model.flow_sizes.of(flows)
         packed_bytes = [0] * len(nodes.sources)
-        for flow, size in zip(flows, model.flow_sizes.of(flows), strict=True):
+        for flow, size in zip(flows, sizes, strict=True):
             packed_bytes[flow.src_rank] += size.packed_bytes
         times = plan_times(
             trees,
@@ -174,6 +175,7 @@ class Planner:
             model.bucket_bytes,
             amax_elements=model.amax_elements,
             packed_bytes=packed_bytes,
+            flow_buckets=[size.num_buckets for size in sizes],
         )
         groups = model.all_groups(sinks)
         bounds = find_bounds(
