@@ -207,3 +207,25 @@ def megatron(num_ranks, pp, ep):
         return found
 
     return holders_of
+
+
+def random_gpu_case(seed):
+    """(groups, hosts of trainer ranks, hosts of sinks, cluster) of GPUs of which several ways can be the narrow one."""
+    rng = random.Random(seed)
+    rates = [(50.0, 60.0, 1.0), (300.0, 64.0, 25.0), (60.0, 20.0, 50.0), (450.0, 64.0, 50.0)]
+    parts = []
+    for name in ("a", "b")[: rng.randint(1, 2)]:
+        nvlink, pcie, nic = rng.choice(rates)
+        size = rng.choice([0, 2, 2, 3, 4])
+        fields = {"nvlink_gbps": nvlink if size else None, "nvlink_domain": size, "pcie_gbps": pcie, "hbm_gbps": 1e6}
+        parts.append(gpu_group(name, rng.randint(1, 2), 4, nic, **fields))
+    places = [host for p in parts for host in p.node_names]
+    # Ranks fill a node, or are two on each of its GPUs.
+    sources = [h for h in rng.sample(places, rng.randint(1, len(places))) for _ in range(rng.choice([4, 8]))]
+    sinks = [h for h in rng.sample(places, rng.randint(1, len(places))) for _ in range(rng.choice([4, 8]))]
+    found = {}
+    for _ in range(rng.randint(1, 5)):
+        held = tuple(sorted(rng.sample(range(len(sources)), rng.choice([1, 1, 1, 2]))))
+        need = tuple(sorted(rng.sample(range(len(sinks)), rng.choice([1, 1, 2, 4]))))
+        found.setdefault((held, need), group(held, need, rng.choice([20, 50, 60, 110]) * 10**9))
+    return list(found.values()), sources, sinks, cluster_of(*parts)

@@ -79,3 +79,59 @@ def _capacities(program, held, need, relay, amount):
             terms += [(x, -1.0) for edge, x in flow.items() if edge[0] == v]
             program.add(terms, amount if v == goal else 0.0, equal=True)
     return capacity
+
+
+class _Ways:
+    """What hops between GPUs load, as variables by part of the cluster."""
+
+    def __init__(self, program, nodes):
+        self.program, self.nodes = program, nodes
+        self.loads, self.rates = {}, {}
+
+    def load(self, part, rate, variable):
+        self.rates[part] = rate
+        self.loads.setdefault(part, []).append(variable)
+
+    def hop(self, here, there, variable):
+        """A hop of ``variable`` GB from one rank's place to another's."""
+        nodes = self.nodes
+        a, b = nodes.groups[here.node], nodes.groups[there.node]
+        if nodes.island[here.node] != nodes.island[there.node]:
+            self.ports(here, "out", variable)
+            self.ports(there, "in", variable)
+            for link in nodes.zones.crossed[nodes.zone[here.node]][nodes.zone[there.node]]:
+                self.load(("link", link), _link_rate(nodes)(link), variable)
+        elif here.domain >= 0 and here.domain == there.domain:
+            self.load(("nvlink", here.node, here.gpu, "out"), a.nvlink_gbps, variable)
+            self.load(("nvlink", there.node, there.gpu, "in"), b.nvlink_gbps, variable)
+        else:
+            self.load(("pcie", here.node, here.gpu, "out"), a.pcie_gbps, variable)
+            self.load(("pcie", there.node, there.gpu, "in"), b.pcie_gbps, variable)
+
+    def ports(self, lane, way, variable):
+        """Any split of the hop among the NICs that the rank reaches."""
+        group, parts = self.nodes.groups[lane.node], []
+        for nic in lane.reach:
+            parts.append(self.program.variable())
+            self.load(("nic", nic, way), self.nodes.nics[nic].rate_gbps, parts[-1])
+            if lane.domain >= 0 and nic not in lane.own:
+                self.load(("nvlink", lane.node, lane.gpu, way), group.nvlink_gbps, parts[-1])
+            else:
+                self.load(("pcie", lane.node, lane.gpu, way), group.pcie_gbps, parts[-1])
+        self.program.add([(x, 1.0) for x in parts] + [(variable, -1.0)], 0.0, equal=True)
+
+
+def optimum_of_gpus_s(groups, nodes):
+    """As `optimum_s`, between GPUs: NVLink, PCIe, each rank's own NICs and shared links limit it."""
+    program = _Program()
+    ways = _Ways(program, nodes)
+    lane_of = {(x.node, x.gpu): x for x in (*nodes.sources, *nodes.sinks)}
+    for group in groups:
+        held = sorted({(nodes.sources[r].node, nodes.sources[r].gpu) for r in group.holders})
+        need = sorted({(nodes.sinks[s].node, nodes.sinks[s].gpu) for s in group.sinks} - set(held))
+        # A sink on a GPU that holds the bytes may pass them on as the holder may.
+        for (u, v), variable in _capacities(program, held, need, True, group.nbytes / 1e9).items():
+            ways.hop(lane_of[u], lane_of[v], variable)
+    for part, variables in ways.loads.items():
+        program.add([(x, 1.0) for x in variables] + [(0, -ways.rates[part])], 0.0)
+    return program.solve()

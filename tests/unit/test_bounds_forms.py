@@ -3,12 +3,13 @@
 import pytest
 from route_cases import MIB, cluster_of, cpu_group, fsdp, gpu_group, group, hosts, moe_groups, plan, replicated
 
+from wsync.errors import ConfigError
 from wsync.plan.cuts import find_bounds
 from wsync.plan.flows import LOCAL, Flow, Tree
 from wsync.plan.nodes import nodes_of
-from wsync.plan.timing import plan_times
+from wsync.plan.timing import amax_s, plan_times
 from wsync.plan.types import SOURCE
-from wsync.spec import Link
+from wsync.spec import Link, NodeGroup
 
 GB = 10**9
 B = 50.0
@@ -83,13 +84,71 @@ def test_packing_reads_and_writes_the_memory_of_its_gpu():
     assert found["quantise on all trainer ranks"] == pytest.approx(9 / 6700.0)
 
 
-def test_bytes_that_are_staged_pass_pcie():
-    a, b = gpu_group("a", 1, 2, 400.0), gpu_group("b", 1, 2, 400.0)
-    groups = [group([0], [0], GB), group([0], [1], 2 * GB)]
-    found = bounds_of(groups, hosts(a), hosts(b), cluster_of(a, b), staged=True)
-    assert found["PCIe of trainer rank 0"] == pytest.approx(3 / 64.0)
-    assert found["PCIe of sink 1"] == pytest.approx(2 / 64.0)
-    assert not any(name.startswith("PCIe") for name in bounds_of(groups, hosts(a), hosts(b), cluster_of(a, b)))
+def test_packing_on_one_gpu_shares_its_memory():
+    a, b = gpu_group("a", 1, 2), gpu_group("b", 1, 2)
+    packed = [6 * GB, 2 * GB, 4 * GB]  # ranks 0 and 2 are on GPU 0
+    groups = [group([i], [0], GB) for i in range(3)]
+    nodes = nodes_of(hosts(a, 3), hosts(b), cluster_of(a, b))
+    found = seconds(find_bounds(groups, nodes, packed_bytes=packed))
+    assert found["quantise on all trainer ranks"] == pytest.approx(12 / 6700.0)
+    times = plan_times([Tree((0,), ((SOURCE, 0),), (0,))], [Flow(0, 0, 0, 0, (), GB)], nodes, GB, packed_bytes=packed)
+    loads = {x.name: x.seconds for x in times.loads}
+    assert loads["memory of GPU 0 of node a-0"] == pytest.approx(10 / 3350.0)
+    assert loads["memory of GPU 1 of node a-0"] == pytest.approx(2 / 3350.0)
+
+
+def test_between_nvlink_domains_of_a_node_pcie_carries_more_than_its_nics_do():
+    a = gpu_group("n", 1, 4, 1.0, nvlink_domain=2, nvlink_gbps=50.0, pcie_gbps=60.0)
+    groups = [group([3], [2], 50 * GB), group([0], [2], 60 * GB)]
+    _, _, times, bounds = plan(groups, hosts(a), hosts(a), cluster_of(a), MIB)
+    assert (bounds[0].name, bounds[0].seconds) == ("install on sink 2", pytest.approx(110 / (50 + 60)))
+    assert times.busiest_s == pytest.approx(bounds[0].seconds)
+    apart = [group([0], [1], 50 * GB), group([0], [2], 60 * GB)]
+    assert bounds_of(apart, hosts(a), hosts(a), cluster_of(a))["egress of trainer rank 0"] == pytest.approx(1.0)
+
+
+def test_of_cuts_with_one_name_the_slowest_counts():
+    a, b = cpu_group("a", 9, B), cpu_group("b", 1, B)
+    # Three sets of nodes that all begin with node a-0 and have six nodes.
+    sets = [(0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 6), (0, 1, 2, 3, 4, 7)]
+    groups = [group(held, [0], n * GB) for held, n in zip(sets, (60, 30, 20), strict=True)]
+    found = bounds_of([*groups, group([8], [0], GB)], hosts(a), hosts(b), cluster_of(a, b))
+    assert found["egress of node a-0 and 5 others that hold the same bytes"] == pytest.approx(60 / (6 * B))
+
+
+def test_amaxes_cross_shared_links():
+    a, b = cpu_group("a", 3), cpu_group("b", 3)
+    cluster = cluster_of(a, b, links=[Link("wan", ("a",), ("b",), 0.001)])
+    num_elements = 25_000_000
+    assert amax_s(nodes_of(hosts(a), hosts(b), cluster), num_elements) < 1.0
+    found = amax_s(nodes_of(hosts(a) + hosts(b), hosts(a), cluster), num_elements)
+    assert found == pytest.approx(2 * 5 / 6 * 0.1 / 0.001)
+
+
+def test_amaxes_cross_pcie_between_nvlink_domains():
+    a = gpu_group("a", 1, 4, nvlink_domain=2)
+    assert amax_s(nodes_of(hosts(a), hosts(a), cluster_of(a)), GB) == pytest.approx(2 * 3 / 4 * 4 / 64.0)
+    assert amax_s(nodes_of(hosts(a)[:2], hosts(a), cluster_of(a)), GB) == pytest.approx(4 / 450.0)
+
+
+def test_trainers_that_cannot_exchange_amaxes_are_named():
+    a, b = cpu_group("a", 1), NodeGroup("b", 1, 10.0)
+    nodes = nodes_of(["a-0", "b-0"], ["a-0"], cluster_of(a, b))
+    with pytest.raises(ConfigError, match=r"no path from node 'b-0' to node 'a-0', whose trainer ranks exchange"):
+        amax_s(nodes, 1)
+    assert amax_s(nodes, 0) == 0.0
+    assert amax_s(nodes_of(["b-0", "b-0"], ["b-0"], cluster_of(a, b)), 1) > 0.0
+
+
+def test_messages_are_as_many_as_flows_have_buckets():
+    a, b = cpu_group("a", 1), cpu_group("b", 1)
+    nodes = nodes_of(hosts(a), hosts(b), cluster_of(a, b, alpha_s=1e-3))
+    trees, flows = [Tree((0,), ((SOURCE, 0),), (0,))], [Flow(0, 0, 0, 0, (), 10 * MIB)]
+    few = plan_times(trees, flows, nodes, MIB)
+    many = plan_times(trees, flows, nodes, MIB, flow_buckets=[14])
+    assert many.busiest_s - few.busiest_s == pytest.approx(4e-3)
+    with pytest.raises(ValueError, match="zip"):
+        plan_times(trees, flows, nodes, MIB, flow_buckets=[14, 1])
 
 
 def test_nodes_without_gpus_copy_in_their_memory():

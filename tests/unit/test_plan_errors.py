@@ -137,7 +137,8 @@ def test_scales_that_packing_makes_are_not_sent_without_their_weights(recipe):
     lone = quantised("w", (8, 96), recipe, roles=("scale",))
     with pytest.raises(ManifestError, match=rf"sink 0 needs 'w_scale' .*recipe '{recipe}' makes both together"):
         make_plan(source(tensor), lone)
-    both = SinkManifest((*lone.ranks, *quantised("w", (8, 96), recipe).ranks))
+    (other,) = quantised("w", (8, 96), recipe).ranks
+    both = SinkManifest((*lone.ranks, msgspec.structs.replace(other, replica="engine-8")))
     assert make_plan(source(tensor), both).wire_bytes == 8 * 96 // (32 if recipe == "mxfp8" else 16) + (
         8 * 96 // (1 if recipe == "mxfp8" else 2)
     )
@@ -198,7 +199,7 @@ def test_sinks_that_group_differently_get_encodings_of_their_own():
     tensors = (TensorSpec("a", (8, 32), "bfloat16"), TensorSpec("b", (4, 32), "bfloat16"))
     one = quantised("a", (8, 32), "nvfp4", groups=(("a", "b"),)).ranks
     two = msgspec.structs.replace(quantised("a", (8, 32), "nvfp4").ranks[0], replica="engine-8")
-    plan = make_plan(source(*tensors), SinkManifest((*one, two, *one)))
+    plan = make_plan(source(*tensors), SinkManifest((*one, two, msgspec.structs.replace(one[0], replica="engine-9"))))
     whole = expand_plan(plan)
     taken = {(whole.parts[p.part_idx].group, b.sinks) for b in whole.buckets for p in b.pieces}
     assert taken == {(("a", "b"), (0, 2)), ((), (1,))}

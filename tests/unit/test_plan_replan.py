@@ -1,6 +1,8 @@
 """Plans for a fleet that changes: what is patched is as valid as what is planned anew, and hardly slower."""
 
+import gc
 import random
+import types
 
 import msgspec
 import pytest
@@ -10,13 +12,20 @@ from plan_runs import HOSTS, fleet, num_relays, random_cluster, replica_of, run_
 
 import wsync.plan.membership
 import wsync.plan.replan
+from wsync.errors import ManifestError, UnknownTensorError
 from wsync.plan import Planner, encode_plan
 from wsync.plan.replan import GOOD_SCORE
 from wsync.plan.route import route
 from wsync.plan.route.patch import with_sinks
 from wsync.plan.types import SOURCE, PlanOptions
 from wsync.spec import Cluster, Nic, NicPath, NodeGroup, SinkManifest
+from wsync.spec.box import Box
+from wsync.spec.manifest import SinkRankManifest
+from wsync.spec.serde import decode, encode
 from wsync.testing.generators import Scenario, dense_tensors, fsdp_source, tp_sink
+
+SLOW_SEEDS = (7, 32, 33, 34)
+"""Fleets whose patched plans were a tenth slower than fresh ones and more, while an older score was the measure."""
 
 SEEDS = st.integers(0, 2**32 - 1)
 MODEL = dense_tensors(4, 2048, 16, 16, 128, 8192, 32768)
@@ -201,3 +210,123 @@ def test_replicas_beside_trainers_are_routed_anew_when_they_join():
     planner.plan(fleet_of("e0", "t0"))
     more = fleet_of("e0", "t0", "t1")
     assert encode_plan(planner.plan(more)) == encode_plan(new_planner().plan(more))
+
+
+def test_a_rank_that_is_listed_twice_is_refused():
+    planner = new_planner()
+    sink = fleet_of("e0", "e1")
+    planner.plan(sink)
+    with pytest.raises(ManifestError, match=r"rank 3 of replica 'e0' .*twice, as sink 3 and as sink 8"):
+        planner.plan(SinkManifest((*sink.ranks, sink.ranks[3])))
+    assert encode_plan(planner.plan(sink)) == encode_plan(new_planner().plan(sink))
+
+
+def layouts(count):
+    """Ranks that take the same into storages of other names: a class of engine ranks each, as fresh objects."""
+    (base,) = tp_sink(SMALL, [["e0"]]).ranks
+    for i in range(count):
+        rank = decode(encode(base), SinkRankManifest)
+        storages = (msgspec.structs.replace(rank.storages[0], name=f"s{i}"), *rank.storages[1:])
+        yield msgspec.structs.replace(rank, replica=f"r{i}", storages=storages)
+
+
+SMALL = dense_tensors(1, 64, 2, 2, 32, 128, 256)
+
+
+def small_planner():
+    return Planner(fsdp_source(SMALL, ["t0"] * 2))
+
+
+def held(planner):
+    """Objects that a planner keeps."""
+    seen, todo = set(), [planner._ranks, planner._models, planner._last, planner._model, planner._checked]
+    while todo:
+        found = todo.pop()
+        if id(found) not in seen:
+            seen.add(id(found))
+            if not isinstance(found, (type, types.ModuleType, types.FunctionType)):
+                todo += gc.get_referents(found)
+    return len(seen)
+
+
+def test_hundreds_of_layouts_that_come_and_go_leave_nothing_behind():
+    planner, sizes, numbers = small_planner(), [], []
+    for rank in layouts(400):
+        planner.accept(rank, ())
+        planner.plan(SinkManifest((rank,)))
+        numbers.append(max(planner._ranks.firsts))
+        sizes.append(held(planner))
+    assert max(numbers) <= 1
+    assert max(sizes[200:]) <= max(sizes[:100])
+
+
+def test_hundreds_of_refused_engines_leave_nothing_behind():
+    planner, sizes = small_planner(), []
+    for i, rank in enumerate(layouts(400)):
+        last = msgspec.structs.replace(rank.copies[-1], tensor=f"nope{i}")
+        box = msgspec.structs.replace(rank.copies[0], box=Box((i % 7, i % 5), (1 + i // 7 % 57, 1 + i // 5 % 27)))
+        wrong = msgspec.structs.replace(rank, copies=(box, *rank.copies[1:-1], last))
+        with pytest.raises(UnknownTensorError):
+            planner.accept(wrong)
+        with pytest.raises(UnknownTensorError):
+            planner.plan(SinkManifest((wrong,)))
+        assert not planner._ranks.firsts
+        sizes.append(held(planner))
+    assert max(sizes[200:]) <= max(sizes[:100])
+
+
+def test_engines_that_wait_to_be_planned_for_are_known_until_they_leave():
+    planner = small_planner()
+    waiting = []
+    for rank in layouts(6):
+        waiting.append(planner.accept(rank, waiting))
+    assert len(planner._ranks.firsts) == 6
+    planner.accept(waiting[5], waiting[3:])
+    assert {r.storages[0].name for r in planner._ranks.firsts.values()} == {"s3", "s4", "s5"}
+    planner.plan(SinkManifest(tuple(waiting)))
+    assert len(planner._ranks.firsts) == 6
+
+
+def test_a_class_that_was_forgotten_is_planned_as_if_it_were_new():
+    first, second = layouts(2)
+    planner = small_planner()
+    for rank in (first, second, first):
+        plan = planner.plan(SinkManifest((rank,)))
+        assert encode_plan(plan) == encode_plan(small_planner().plan(SinkManifest((rank,))))
+
+
+def mixed_history(seed, steps):
+    """A fleet on uneven machines, and how much slower than a fresh plan the slowest of its plans is."""
+    rng = random.Random(seed)
+    scenario = fleet(rng, rng.randint(1, 5), apart=rng.random() < 0.5)
+    machines = random_cluster(rng)
+    planner = Planner(scenario.source, machines, scenario.options)
+    planner.plan(scenario.sink)
+    worst = 0.0
+    for number in range(steps):
+        sink = changed(scenario, rng, number, HOSTS)
+        scenario = Scenario(scenario.source, sink, scenario.options)
+        fresh = Planner(scenario.source, machines, scenario.options).plan(sink)
+        plan = planner.plan(sink)
+        worst = max(worst, plan.time_s / fresh.time_s if fresh.time_s else float(plan.time_s > 0))
+    return worst
+
+
+@pytest.mark.parametrize("seed", SLOW_SEEDS)
+def test_no_plan_is_much_slower_than_a_fresh_one(seed):
+    assert mixed_history(seed, 5) <= GOOD_SCORE
+
+
+def test_large_jobs_are_routed_anew_when_the_fleet_has_another_size(monkeypatch):
+    monkeypatch.setattr(wsync.plan.replan, "_CHEAP", 0)
+    monkeypatch.setattr(wsync.plan.replan, "GOOD_SCORE", 0.5)
+    monkeypatch.setattr(wsync.plan.replan, "_WORSE", 9.0)
+    planner, routed = new_planner(), []
+    real = wsync.plan.replan.make_flows
+    monkeypatch.setattr(wsync.plan.replan, "make_flows", lambda *a: routed.append(1) or real(*a))
+    hosts = [f"e{i}" for i in range(8)]
+    counts = []
+    for count in (8, 7, 6, 5):
+        planner.plan(fleet_of(*hosts[:count]))
+        counts.append(len(routed))
+    assert counts == [1, 1, 1, 2]

@@ -8,19 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_runs import fleet, planned, random_cluster
+from route_cases import gpu_group
 
+import wsync.plan.replan
 from wsync.errors import ConfigError
 from wsync.formats import delta
-from wsync.plan import PlanOptions, expand_plan, make_plan, sink_slices, source_slices
-from wsync.plan.assemble import bucket_room
-from wsync.plan.delta_size import expected_bytes
+from wsync.plan import Planner, PlanOptions, expand_plan, make_plan, sink_slices, source_slices
+from wsync.plan.delta_size import bits_per_change, expected_bytes
 from wsync.plan.expand import Expansion
 from wsync.plan.flows import Entry, Flow, Tree
-from wsync.plan.packing import BucketCounter
+from wsync.plan.packing import BucketCounter, bucket_room
 from wsync.plan.plans import RING_BUCKETS, PlanClass, PlanPart, PlanUnit
-from wsync.plan.types import ALIGNMENT, MODE_COPY, MODE_FUSED, SOURCE
+from wsync.plan.types import ALIGNMENT, DEFAULT_BUCKET_BYTES, MODE_COPY, MODE_FUSED, SOURCE
+from wsync.spec import Cluster
 from wsync.spec.box import Box
 from wsync.spec.dtypes import itemsize
+from wsync.spec.recipes import get_recipe
 from wsync.testing.generators import dense_tensors, fsdp_source, qwen3_0p6b_tensors, tp_sink
 
 MODEL = dense_tensors(4, 256, 4, 2, 64, 512, 1000)
@@ -79,10 +82,48 @@ def test_sparse_changes_make_a_plan_faster_but_not_its_buckets_smaller():
     assert delta_plan(1.0).flows == dense.flows
 
 
-@pytest.mark.parametrize("density", [-0.1, 1.5, float("nan"), {"model.": 2.0}])
+@pytest.mark.parametrize("elem_bytes", [1, 2, 4])
+def test_the_rarer_the_changes_the_smaller_the_delta_down_to_none(elem_bytes):
+    sizes = [expected_bytes(10**9, elem_bytes, d) for d in (1e-3, 1e-6, 1e-9, 1e-13, 1e-16, 1e-17, 1e-300, 5e-324, 0)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[3] < 64
+    assert sizes[-2] == sizes[-1]
+
+
+def test_no_gap_is_longer_than_the_tensor():
+    assert bits_per_change(1e-12, 1 << 16) <= 64
+    assert bits_per_change(1e-300, 1 << 30) <= 2000
+
+
+def test_a_plan_for_changes_that_are_hardly_there_sends_deltas():
+    for density in (1e-13, 1e-17):
+        assert {u.planned for c in delta_plan(density).classes for u in c.units} == {"delta"}
+
+
+@pytest.mark.parametrize(
+    "density",
+    [-0.1, 1.5, float("nan"), {"model.": 2.0}, [0.5], "x", True, {"model.": "0.1"}, {"model.": None}],
+)
 def test_a_density_that_cannot_be_is_refused(density):
     with pytest.raises(ConfigError, match=r"density.*allowed is 0 to 1"):
         delta_plan(density)
+
+
+def test_the_density_of_what_is_no_prefix_is_refused():
+    with pytest.raises(ConfigError, match=r"density has the key 1, allowed are prefixes"):
+        delta_plan({1: 0.5})
+
+
+@pytest.mark.parametrize("size", ["4096", 4096.0, True, 4097, 0, -256, 1 << 41])
+def test_a_size_of_buckets_that_cannot_be_is_refused(size):
+    with pytest.raises(ConfigError, match=r"bucket_bytes is .*allowed are multiples of 256"):
+        Planner(fsdp_source(MODEL, ["h"]), None, PlanOptions(size))
+
+
+@pytest.mark.parametrize("relay", ["no", None, 1])
+def test_relays_are_allowed_or_not(relay):
+    with pytest.raises(ConfigError, match=r"relay is .*, allowed are True and False"):
+        Planner(fsdp_source(MODEL, ["h"]), None, PlanOptions(relay=relay))
 
 
 # ---- buckets
@@ -224,3 +265,92 @@ def test_bytes_of_a_plan_add_up():
     assert plan.sink_bytes == sum(n * len(b.sinks) for n, b in sizes) == plan.needed_bytes
     assert plan.delivered_bytes == sum(n * len(b.hops) for n, b in sizes)
     assert msgspec.structs.replace(plan).flow_bytes == plan.flow_bytes
+
+
+# ---- the size that the planner chooses
+
+
+LARGE = dense_tensors(16, 4096, 32, 8, 128, 14336, 32768)
+NODE = gpu_group("n", 1, 8)
+
+
+def chosen(source_hosts, replicas, *groups, cluster=True, **options):
+    source, sink = fsdp_source(LARGE, source_hosts), tp_sink(LARGE, replicas)
+    return make_plan(source, sink, Cluster(groups) if cluster else None, PlanOptions(**options))
+
+
+def test_buckets_inside_one_node_are_large_enough_for_its_rates():
+    places = (["n-0"] * 8, [["n-0"] * 2] * 4)
+    plan = chosen(*places, NODE)
+    assert plan.bucket_bytes >= 16 << 20
+    assert plan.score < 0.6 * chosen(*places, NODE, bucket_bytes=4 << 20).score
+
+
+def test_nics_of_groups_that_have_no_ranks_say_nothing():
+    engines, slow = gpu_group("e", 4, 8, nic_gbps=50.0), gpu_group("x", 1, 8, nic_gbps=0.01)
+    places = (["n-0"] * 8, [[f"e-{i}"] * 8 for i in range(4)])
+    assert chosen(*places, NODE, engines, slow).bucket_bytes == chosen(*places, NODE, engines).bucket_bytes
+    slower = gpu_group("e", 4, 8, nic_gbps=0.5)
+    assert chosen(*places, NODE, slower).bucket_bytes < chosen(*places, NODE, engines).bucket_bytes
+
+
+def test_without_a_cluster_buckets_have_their_default_size():
+    assert chosen(["n-0"] * 8, [["n-0"] * 2] * 4, cluster=False).bucket_bytes == DEFAULT_BUCKET_BYTES
+
+
+def test_a_planner_chooses_another_size_when_the_fleet_has_become_another_one():
+    source = fsdp_source(LARGE, ["n-0"] * 8)
+    cluster = Cluster((NODE, gpu_group("e", 16, 8, nic_gbps=2.0)))
+    planner = Planner(source, cluster)
+    one, many = (tp_sink(LARGE, [[f"e-{i}"] * 8 for i in range(n)]) for n in (1, 16))
+    sizes = [planner.plan(sink).bucket_bytes for sink in (one, many, one)]
+    fresh = [Planner(source, cluster).plan(sink).bucket_bytes for sink in (one, many, one)]
+    assert sizes == fresh
+    assert sizes[0] >= 4 * sizes[1]
+    before = planner.plan(one)
+    assert planner.plan(one).classes is before.classes
+
+
+# ---- what packing costs, and messages
+
+
+def brute_packed(plan):
+    """For each trainer rank the bytes of all weights that its pieces read, and of all pieces that it writes."""
+    out = [0] * plan.num_sources
+    expanded = expand_plan(plan)
+    for bucket in expanded.buckets:
+        for piece in bucket.pieces:
+            part = expanded.parts[piece.part_idx]
+            packed = get_recipe(part.recipe).packed
+            read = piece.box.num_elements * 2 * packed if part.role == "weight" else piece.nbytes
+            out[bucket.src_rank] += read + piece.nbytes
+    return out
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_block128", "nvfp4"])
+def test_packing_reads_the_trainers_dtype_and_writes_the_wires(recipe, monkeypatch):
+    seen = {}
+    real = wsync.plan.replan.plan_times
+    monkeypatch.setattr(wsync.plan.replan, "plan_times", lambda *a, **k: seen.update(k) or real(*a, **k))
+    cluster = Cluster((gpu_group("n", 1, 8, hbm_gbps=1.0), gpu_group("e", 2, 8)))
+    source, sink = fsdp_source(MODEL, ["n-0"] * 4), tp_sink(MODEL, [["e-0"] * 2, ["e-1"] * 2], recipe)
+    plan = make_plan(source, sink, cluster, PlanOptions(65536))
+    packed = brute_packed(plan)
+    assert list(seen["packed_bytes"]) == packed
+    assert list(seen["flow_buckets"]) == list(plan.flow_buckets)
+    # Memory of 1 GB/s is what binds: the bound counts what is packed at least once, the plan what its ranks pack.
+    assert plan.binding_cut.startswith("quantise on ")
+    assert max(packed) / 4 / 1e9 <= plan.lower_bound_s <= max(packed) / 1e9 * (1 + 1e-9)
+    assert plan.time_s >= max(packed) / 1e9
+
+
+def test_a_patched_plan_counts_its_messages_as_a_fresh_one_does(monkeypatch):
+    seen = []
+    real = wsync.plan.replan.plan_times
+    monkeypatch.setattr(
+        wsync.plan.replan, "plan_times", lambda *a, **k: seen.append(k["flow_buckets"]) or real(*a, **k)
+    )
+    planner = Planner(fsdp_source(MODEL, ["n"] * 4), None, PlanOptions(4096))
+    for names in ("ab", "abc", "ac"):
+        plan = planner.plan(tp_sink(MODEL, [[x] * 2 for x in names]))
+        assert tuple(seen[-1]) == plan.flow_buckets

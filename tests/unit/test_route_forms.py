@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from route_cases import (
 
 from wsync.errors import ConfigError
 from wsync.plan.route.shapes import best_width, depth_of, find_parts, tree_of
+from wsync.plan.route.stripes import steep
 from wsync.plan.types import SOURCE
 from wsync.spec import Link
 
@@ -166,3 +168,11 @@ def test_a_rank_serves_the_sink_on_its_own_gpu_itself():
     _, routing, *_ = plan([group([2, 5], [2, 5], GB)], hosts(a), hosts(a), cluster_of(a))
     served = {(share.src_rank, tree.sinks) for tree, share in shares_of(routing)}
     assert served == {(2, (2,)), (5, (5,))}
+
+
+def test_steepness_is_made_of_products_alone():
+    levels = np.random.default_rng(7).random(20_000) * 3
+    powers = steep(levels)
+    for level, power in zip(levels.tolist(), powers.tolist(), strict=True):
+        square = level * level
+        assert power == square * square * square * level

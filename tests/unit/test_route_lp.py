@@ -1,8 +1,8 @@
 """Routing and cuts against the exact optimum of a linear program."""
 
 import pytest
-from route_cases import MIB, check_routing, plan, random_case
-from route_lp import optimum_s
+from route_cases import MIB, check_routing, plan, random_case, random_gpu_case
+from route_lp import optimum_of_gpus_s, optimum_s
 
 BATCH = 40
 
@@ -34,3 +34,17 @@ def test_with_relays_the_largest_cut_is_the_optimum_of_small_clusters(batch):
         optimum = optimum_s(groups, nodes)
         if optimum > 0:
             assert bounds[0].seconds == pytest.approx(optimum, rel=1e-6), seed
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_between_gpus_no_cut_is_above_the_optimum_and_no_plan_below_it(batch):
+    binding = set()
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        groups, sources, sinks, cluster = random_gpu_case(seed)
+        nodes, _, times, bounds = plan(groups, sources, sinks, cluster, 256 * MIB)
+        optimum = optimum_of_gpus_s(groups, nodes)
+        assert times.busiest_s >= optimum * (1 - 1e-6), seed
+        if bounds:
+            assert bounds[0].seconds <= optimum * (1 + 1e-6), (seed, bounds[0])
+            binding.add(bounds[0].name.split(" of ")[0].split(" on ")[0])
+    assert {"install", "egress"} <= binding

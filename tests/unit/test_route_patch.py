@@ -19,7 +19,6 @@ from route_cases import (
     replicated,
 )
 
-from wsync.errors import ConfigError
 from wsync.plan.flows import DemandGroup, Route, Routing, Share
 from wsync.plan.nodes import nodes_of
 from wsync.plan.route import route
@@ -137,12 +136,3 @@ def test_a_head_is_replaced_by_one_of_its_own_node():
     assert {t.sinks for t in routing.trees} == {(0,)}
     assert all(tree.hops == ((SOURCE, 0),) and tree.rails[0] >= 0 for tree in routing.trees)
     assert nodes.sinks[0].node == 1
-
-
-def test_a_new_sink_whose_node_has_no_nic_is_refused():
-    a, b, c = cpu_group("a", 1), cpu_group("b", 1), gpu_group("c", 1, 2, num_nics=0)
-    cluster = cluster_of(a, b, c)
-    _, routing, *_ = plan([group([0], [0], GB)], hosts(a), hosts(b), cluster)
-    nodes = nodes_of(hosts(a), [*hosts(b), "c-0"], cluster)
-    with pytest.raises(ConfigError, match=r"no path to node 'c-0'"):
-        with_sinks(routing.trees, bytes_of(routing), nodes, {1: 0})

@@ -47,18 +47,37 @@ def jobs(draw):
         stage = draw(st.integers(0, 1))
         nbytes = draw(st.sampled_from([1, 1000, MIB, 7 * MIB + 13, 900 * MIB]))
         found[(held, need, stage)] = group(held, need, nbytes, stage)
-    return list(found.values()), sources, sinks, cluster_of(*parts, links=links, alpha_s=1e-6)
+    return list(found.values()), sources, sinks, cluster_of(*parts, links=links, alpha_s=1e-6), MIB
+
+
+@st.composite
+def crowded(draw):
+    """One node of several NVLink domains, of which few ranks load both NVLink and PCIe."""
+    nvlink, pcie, nic = draw(st.sampled_from([(50.0, 60.0, 1.0), (300.0, 64.0, 25.0), (64.0, 64.0, 64.0)]))
+    size = draw(st.sampled_from([0, 1, 2, 3, 4]))
+    fields = {"nvlink_domain": size, "nvlink_gbps": nvlink if size else None, "pcie_gbps": pcie}
+    a = gpu_group("a", draw(st.integers(1, 2)), 4, nic, **fields)
+    sources = hosts(a, 4 * draw(st.integers(1, 2)))
+    sinks = hosts(a, 4 * draw(st.integers(1, 2)))
+    # Whole GB at the rates of both ways.
+    sizes = st.sampled_from([round(nvlink * 1e9), round(pcie * 1e9), round(nvlink * 1e9) + round(pcie * 1e9)])
+    found = {}
+    for _ in range(draw(st.integers(1, 6))):
+        held = (draw(st.integers(0, 4)) % len(sources),)
+        need = tuple(sorted(draw(st.sets(st.integers(0, 4).map(lambda s: s % len(sinks)), min_size=1, max_size=2))))
+        found[(held, need)] = group(held, need, draw(sizes))
+    return list(found.values()), sources, sinks, cluster_of(a), 64 * MIB
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(jobs(), st.booleans())
+@given(st.one_of(jobs(), crowded()), st.booleans())
 def test_every_sink_is_reached_once_and_no_plan_beats_its_bounds(job, relay):
-    groups, sources, sinks, cluster = job
-    nodes, routing, times, bounds = plan(groups, sources, sinks, cluster, MIB, relay)
+    groups, sources, sinks, cluster, bucket_bytes = job
+    nodes, routing, times, bounds = plan(groups, sources, sinks, cluster, bucket_bytes, relay)
     check_routing(groups, routing, nodes, relay)
     if bounds:
         assert times.time_s >= bounds[0].seconds * (1 - 1e-9)
-    assert route(groups, nodes, MIB, PlanOptions(MIB, relay=relay)) == routing
+    assert route(groups, nodes, bucket_bytes, PlanOptions(bucket_bytes, relay=relay)) == routing
 
 
 @pytest.mark.parametrize("relay", [True, False])

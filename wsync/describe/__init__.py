@@ -2,6 +2,7 @@
 
 from wsync.describe.engines import describe_sink, engine_ranks
 from wsync.describe.models import Facts, ModelShape, known_models, load_model
+from wsync.describe.ranks import positions
 from wsync.describe.summary import Summary, summarise
 from wsync.describe.trainers import describe_source, trainer_ranks
 from wsync.spec.manifest_file import load_manifest, load_sink, load_source, save_manifest
@@ -18,6 +19,7 @@ __all__ = [
     "load_model",
     "load_sink",
     "load_source",
+    "positions",
     "save_manifest",
     "summarise",
     "trainer_ranks",

@@ -15,11 +15,9 @@ from wsync.plan.classes import TensorClass
 from wsync.plan.flows import DemandGroup, Entry, Flow, Lot, Route, Routing, Share
 from wsync.plan.groups import OpenGroups
 from wsync.plan.nodes import Nodes
+from wsync.plan.packing import bucket_room, max_buckets
 from wsync.plan.rank_classes import Sinks
-from wsync.plan.types import ALIGNMENT, MAX_BUCKETS
-
-_MAX_WORDS = 1 << 63
-"""Digests number the words of the whole wire by 64-bit integers."""
+from wsync.plan.types import ALIGNMENT
 
 
 class Parcel(NamedTuple):
@@ -191,23 +189,13 @@ def make_flows(parcels: list[Parcel], classes: list[TensorClass], bucket_bytes: 
         flow = _flow(first_bucket, by_flow[(src_rank, stage, tree_idx)], classes, shard_of)
         flows.append(flow)
         first_bucket += bucket_room(flow.nbytes, bucket_bytes)
-    if first_bucket > MAX_BUCKETS or first_bucket * bucket_bytes // 8 >= _MAX_WORDS:
+    if first_bucket > max_buckets(bucket_bytes):
         raise ConfigError(
             f"the plan has {len(flows)} flows with {first_bucket} numbers of buckets of {bucket_bytes} bytes; allowed "
-            f"are {min(MAX_BUCKETS, 8 * _MAX_WORDS // bucket_bytes)}",
+            f"are {max_buckets(bucket_bytes)}",
             hint="choose larger or smaller bucket_bytes",
         )
     return tuple(flows)
-
-
-def bucket_room(nbytes: int, bucket_bytes: int) -> int:
-    """Numbers that are kept for a flow's buckets: never fewer than it has.
-
-    A bucket is closed where the next step of a piece does not fit, and that step begins the next bucket: two that
-    follow each other hold more than one bucket's bytes. Cutting adds less than ALIGNMENT a cut, of which a bucket has
-    few; the factor of 4 is for buckets of little more than ALIGNMENT.
-    """
-    return 4 * -(-nbytes // bucket_bytes) + 4
 
 
 def _flow(first_bucket: int, parcels: list[Parcel], classes: list[TensorClass], shards: _Shards) -> Flow:

@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
-from wsync.plan.classes import ClassKey
-from wsync.plan.demand import Demand
+from wsync.plan.nodes import Nodes
 from wsync.plan.rank_classes import Sinks
-from wsync.plan.timing import best_bucket_bytes
 from wsync.plan.types import DEFAULT_BUCKET_BYTES
-from wsync.spec.box import Box
-from wsync.spec.cluster import Cluster
-from wsync.spec.dtypes import itemsize
 
 _MIN_BYTES = 256 << 10
-_MAX_BYTES = 32 << 20
+_MAX_BYTES = 64 << 20
+_MIN_BUCKETS = 4
+"""That each trainer rank has at least for an engine rank, so that most are full."""
 
 
-def choose_bucket_bytes(
-    members: dict[ClassKey, list[Demand]], boxes: list[Box], sinks: Sinks, cluster: Cluster | None
-) -> int:
-    """The best size for a chain through the engine nodes, as a power of two; the default without a cluster.
+def choose_bucket_bytes(asked_bytes: Mapping[int, int], sinks: Sinks, nodes: Nodes) -> int:
+    """The best size for a chain through the engine nodes and the ranks of each, as a power of two.
+
+    With ``S / b`` messages of the busiest rank and a pipeline that fills in ``f * b`` seconds,
+    ``alpha * S / b + f * b`` is least at ``b = sqrt(alpha * S / f)``.
 
     Args:
-        members: of each class of tensors.
-        boxes: by number.
+        asked_bytes: that a rank of each class of engine ranks needs.
         sinks: of the plan.
-        cluster: the machines.
+        nodes: of the job.
     """
-    if cluster is None or cluster.alpha_s <= 0.0:
+    alpha_s, nbytes = nodes.cluster.alpha_s, max(asked_bytes.values(), default=0)
+    if alpha_s <= 0.0 or not nbytes:
         return DEFAULT_BUCKET_BYTES
-    needed: dict[int, int] = {}
-    for (*_, claims), demands in members.items():
-        parts = demands[0].encoding.parts
-        for part, number, box_idx in claims:
-            nbytes = boxes[box_idx].num_elements * itemsize(parts[part].dtype) * len(demands)
-            needed[number] = needed.get(number, 0) + nbytes
-    hosts = {rank.info.host for rank in sinks.manifest.ranks}
-    rate_gbps = min((nic.rate_gbps for g in cluster.groups for nic in g.nics), default=0.0)
-    if not needed or len(hosts) < 2 or rate_gbps <= 0.0:
-        return DEFAULT_BUCKET_BYTES
-    size = best_bucket_bytes(max(needed.values()), len(hosts), rate_gbps, cluster.alpha_s)
-    return min(max(1 << round(math.log2(size)), _MIN_BYTES), _MAX_BYTES)
+    size = math.sqrt(alpha_s * nbytes / _fill_s_per_byte(sinks, nodes))
+    size = min(size, nbytes / (_MIN_BUCKETS * len(nodes.sources)))
+    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), _MAX_BYTES)
+
+
+def _fill_s_per_byte(sinks: Sinks, nodes: Nodes) -> float:
+    """Seconds until the last engine rank has its first byte, for each byte of a bucket."""
+    groups = [nodes.groups[node] for node in dict.fromkeys((*nodes.source_node, *nodes.sink_node))]
+    seconds = 2.0 / min(g.hbm_gbps or g.host_gbps for g in groups)
+    islands = Counter(nodes.island[node] for node in nodes.sink_node)
+    nics = [nodes.nics[i].rate_gbps for lane in nodes.sinks for i in lane.reach]
+    if len(islands) > 1 and nics:
+        seconds += (len(islands) - 1) / min(nics)
+    alike = Counter((nodes.island[node], n) for node, n in zip(nodes.sink_node, sinks.numbers, strict=True))
+    local_gbps = min(nodes.groups[node].local_gbps for node in nodes.sink_node)
+    return (seconds + (max(alike.values()) - 1) / local_gbps) / 1e9

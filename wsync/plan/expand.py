@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from wsync.errors import ConfigError
-from wsync.plan.assemble import bucket_room
 from wsync.plan.flows import Flow, Tree
-from wsync.plan.packing import Placed, aligned, place
+from wsync.plan.packing import Placed, aligned, bucket_room, place
 from wsync.plan.plans import Plan, PlanClass, ScaleGroup
 from wsync.plan.types import AmaxRegion, Bucket, Piece, WirePart
 from wsync.spec.dtypes import itemsize

@@ -27,6 +27,7 @@ class Routed:
         nodes: of the job then.
         trees, flows: of the plan.
         score: that the last full routing reached.
+        num_sinks: of that routing.
     """
 
     sinks: Sinks
@@ -34,6 +35,7 @@ class Routed:
     trees: tuple[Tree, ...]
     flows: tuple[Flow, ...]
     score: float
+    num_sinks: int
 
 
 def patch(
@@ -72,9 +74,9 @@ def _kept(before: Sinks, sinks: Sinks) -> dict[int, int]:
     return {i: now[key] for i, key in enumerate(_keys(before)) if key in now}
 
 
-def _keys(sinks: Sinks) -> list[tuple[str, int, int, str]]:
+def _keys(sinks: Sinks) -> list[tuple[str, int, int, str, int | None]]:
     ranks = zip(sinks.manifest.ranks, sinks.numbers, strict=True)
-    return [(rank.replica, rank.rank, number, rank.info.host) for rank, number in ranks]
+    return [(rank.replica, rank.rank, number, rank.info.host, rank.info.gpu) for rank, number in ranks]
 
 
 def _twins(sinks: Sinks, nodes: Nodes, kept: set[int]) -> dict[int, int] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wsync.plan.places import Lane, Port, Zones, find_islands, find_lanes, find_ports, find_zones
+from wsync.plan.places import Lane, Port, Zones, find_islands, find_lanes, find_ports, find_zones, number_gpus
 from wsync.spec.cluster import Cluster, NodeGroup, default_cluster
 from wsync.spec.manifest import RankInfo, SinkManifest, SourceManifest
 
@@ -40,7 +40,7 @@ class Nodes:
         groups: of the nodes, for their rates.
         cluster: they belong to.
         source_node, sink_node: node index of each trainer rank and of each sink.
-        network_cost, local_cost: attoseconds that one byte takes through the ports of a node, and between ranks of it.
+        local_cost: attoseconds that one byte takes between ranks of each node.
         sources, sinks: where each trainer rank and each sink is, and what it reaches.
         nics: of all nodes, each node's in order.
         ports: every set of NICs that a rank reaches.
@@ -55,7 +55,6 @@ class Nodes:
     cluster: Cluster
     source_node: tuple[int, ...]
     sink_node: tuple[int, ...]
-    network_cost: tuple[int, ...]
     local_cost: tuple[int, ...]
     sources: tuple[Lane, ...]
     sinks: tuple[Lane, ...]
@@ -65,11 +64,6 @@ class Nodes:
     island_names: tuple[str, ...]
     zone: tuple[int, ...]
     zones: Zones
-
-    def source_nic(self, rank: int, rail: int) -> int:
-        """Index into ``nics`` of the one that trainer rank ``rank`` sends on for a hop of ``rail``."""
-        reach = self.sources[rank].reach
-        return reach[rail % len(reach)]
 
     def sink_nic(self, sink_idx: int, rail: int) -> int:
         """Index into ``nics`` of the one that a sink sends or receives on for a hop of ``rail``."""
@@ -81,15 +75,22 @@ def find_nodes(source: SourceManifest, sink: SinkManifest, cluster: Cluster | No
     """Map ranks to nodes by their hosts; without a cluster, `default_cluster` of those hosts.
 
     Raises:
-        ConfigError: a host that the cluster does not have.
+        ConfigError: a host that the cluster does not have, or a GPU that its node does not have.
     """
     infos: list[RankInfo] = [*source.ranks, *(r.info for r in sink.ranks)]
-    hosts = [i.host for i in infos]
-    return nodes_of(hosts[: len(source.ranks)], hosts[len(source.ranks) :], cluster)
+    count = len(source.ranks)
+    hosts, gpus = [i.host for i in infos], [i.gpu for i in infos]
+    return nodes_of(hosts[:count], hosts[count:], cluster, gpus[:count], gpus[count:])
 
 
-def nodes_of(source_hosts: Sequence[str], sink_hosts: Sequence[str], cluster: Cluster | None = None) -> Nodes:
-    """As `find_nodes`, from the host of each trainer rank and of each sink."""
+def nodes_of(
+    source_hosts: Sequence[str],
+    sink_hosts: Sequence[str],
+    cluster: Cluster | None = None,
+    source_gpus: Sequence[int | None] | None = None,
+    sink_gpus: Sequence[int | None] | None = None,
+) -> Nodes:
+    """As `find_nodes`, from the host and the GPU of each trainer rank and of each sink."""
     names = tuple(dict.fromkeys([*source_hosts, *sink_hosts]))
     cluster = cluster or default_cluster(names)
     group_of = cluster.group_by_host(names)
@@ -102,20 +103,21 @@ def nodes_of(source_hosts: Sequence[str], sink_hosts: Sequence[str], cluster: Cl
         for node, group in enumerate(groups)
         for i, n in enumerate(group.nics)
     )
-    sources = find_lanes(source_node, groups)
-    sinks = find_lanes(sink_node, groups)
+    gpus = number_gpus(
+        list(zip(source_node, source_gpus or [None] * len(source_node), strict=True)),
+        list(zip(sink_node, sink_gpus or [None] * len(sink_node), strict=True)),
+        groups,
+    )
+    sources, sinks = find_lanes(source_node, gpus[0], groups), find_lanes(sink_node, gpus[1], groups)
     ports, (sources, sinks) = find_ports([n.rate_gbps for n in nics], sources, sinks)
     island, island_names = find_islands(names, groups, cluster)
     zone, zones = find_zones(groups, cluster)
-    # A node without ports is never chosen to send to others where any other holder exists.
-    network = tuple(byte_cost(g.network_gbps) if g.nics else ATTOSECONDS for g in groups)
     return Nodes(
         names,
         groups,
         cluster,
         source_node,
         sink_node,
-        network,
         tuple(byte_cost(g.local_gbps) for g in groups),
         sources,
         sinks,

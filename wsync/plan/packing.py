@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wsync.plan.geometry import cut_leading
-from wsync.plan.types import ALIGNMENT
+from wsync.plan.types import ALIGNMENT, MAX_BUCKETS, MAX_WIRE_BYTES
 from wsync.spec.box import Box
 
 Placed = tuple[bool, Box, int, int]
@@ -45,6 +45,21 @@ def place(box: Box, elem_bytes: int, step: tuple[int, int], offset: int, size: i
         else:
             todo += (*reversed(cut[1]), cut[0])
     return out, offset
+
+
+def bucket_room(nbytes: int, bucket_bytes: int) -> int:
+    """Numbers that are kept for a flow's buckets: never fewer than it has.
+
+    A bucket is closed where the next step of a piece does not fit, and that step begins the next bucket: two that
+    follow each other hold more than one bucket's bytes. Cutting adds less than ALIGNMENT a cut, of which a bucket has
+    few; the factor of 4 is for buckets of little more than ALIGNMENT.
+    """
+    return 4 * -(-nbytes // bucket_bytes) + 4
+
+
+def max_buckets(bucket_bytes: int) -> int:
+    """How many numbers of buckets a plan may use."""
+    return min(MAX_BUCKETS, MAX_WIRE_BYTES // bucket_bytes)
 
 
 class BucketCounter:

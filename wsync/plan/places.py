@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup
 
 CLOSE = ("PIX", "PXB")
@@ -18,7 +19,7 @@ class Lane:
 
     Attributes:
         node: its node.
-        gpu: its GPU there, in order of appearance among the ranks of its side; -1 in a node without GPUs.
+        gpu: its GPU there, as `number_gpus` says; -1 in a node without GPUs.
         domain: the ranks of a node with equal numbers are one NVLink domain; -1 without NVLink.
         reach: indices of the NICs that it sends and receives on, ascending.
         own: those of ``reach`` that it reaches without NVLink.
@@ -60,25 +61,73 @@ class Zones:
     crossed: tuple[tuple[tuple[int, ...], ...], ...]
 
 
-def find_lanes(node_of: Sequence[int], groups: Sequence[NodeGroup]) -> tuple[Lane, ...]:
+def find_lanes(node_of: Sequence[int], gpu_of: Sequence[int], groups: Sequence[NodeGroup]) -> tuple[Lane, ...]:
     """The lanes of the ranks of one side; ports are not numbered yet."""
     first_nic = [0]
     for group in groups:
         first_nic.append(first_nic[-1] + len(group.nics))
     places = [_gpu_reaches(g) for g in groups]
-    seen: dict[int, int] = {}
     lanes = []
-    for node in node_of:
+    for node, gpu in zip(node_of, gpu_of, strict=True):
         group = groups[node]
-        turn = seen.get(node, 0)
-        seen[node] = turn + 1
-        gpu = turn % group.num_gpus if group.num_gpus else -1
         reach, own = places[node][max(gpu, 0)]
         base = first_nic[node]
         has_nvlink = group.nvlink_domain > 1 and group.nvlink_gbps is not None
         domain = gpu // group.nvlink_domain if has_nvlink else -1
         lanes.append(Lane(node, gpu, domain, tuple(base + i for i in reach), tuple(base + i for i in own)))
     return tuple(lanes)
+
+
+def number_gpus(
+    sources: Sequence[tuple[int, int | None]], sinks: Sequence[tuple[int, int | None]], groups: Sequence[NodeGroup]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The GPU of each rank of both sides, given its node and what it says itself.
+
+    Ranks that say nothing get the GPUs of their node that no rank names, trainer ranks first, if there are enough for
+    both sides. Else the sides share GPUs: each is numbered by itself, from 0.
+
+    Raises:
+        ConfigError: a rank names a GPU that its node does not have.
+    """
+    named: dict[int, set[int]] = {}
+    silent: dict[int, int] = {}
+    for what, side in (("trainer rank", sources), ("sink", sinks)):
+        for i, (node, gpu) in enumerate(side):
+            if gpu is None:
+                silent[node] = silent.get(node, 0) + 1
+            elif groups[node].num_gpus:
+                _check_gpu(f"{what} {i}", gpu, groups[node])
+                named.setdefault(node, set()).add(gpu)
+    free = {n: [g for g in range(groups[n].num_gpus) if g not in named.get(n, ())] for n in silent}
+    together = {n: iter(free[n]) for n, count in silent.items() if count <= len(free[n])}
+    return _numbered(sources, groups, together), _numbered(sinks, groups, together)
+
+
+def _numbered(
+    side: Sequence[tuple[int, int | None]], groups: Sequence[NodeGroup], together: Mapping[int, Iterator[int]]
+) -> tuple[int, ...]:
+    turns: dict[int, int] = {}
+    out = []
+    for node, gpu in side:
+        num_gpus = groups[node].num_gpus
+        if not num_gpus:
+            gpu = -1
+        elif gpu is None and node in together:
+            gpu = next(together[node])
+        elif gpu is None:
+            gpu = turns.get(node, 0) % num_gpus
+            turns[node] = turns.get(node, 0) + 1
+        out.append(gpu)
+    return tuple(out)
+
+
+def _check_gpu(what: str, gpu: int, group: NodeGroup) -> None:
+    if not 0 <= gpu < group.num_gpus:
+        raise ConfigError(
+            f"{what} says that it runs on GPU {gpu}, but nodes of group {group.name!r} have GPUs 0 to "
+            f"{group.num_gpus - 1}",
+            hint="correct gpu in the rank's RankInfo, or num_gpus in the cluster file",
+        )
 
 
 def _gpu_reaches(group: NodeGroup) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -17,10 +17,15 @@ def make_plan(
 ) -> Plan:
     """Plan one sync: what every rank packs, sends, relays and installs.
 
-    Equal arguments give equal bytes (`plan_digest`); everything but ``bounds`` and ``time_s`` is integer arithmetic.
+    Equal arguments give equal bytes (`plan_digest`) with one version of wsync, whatever the machine and whatever was
+    planned before. Choices compare integers or sums of rates in one fixed order; ``bounds`` and the seconds are floats
+    from basic arithmetic and correctly rounded sums, but for sizes of buckets and of deltas, which take the C library's
+    roots and logarithms and are rounded far more coarsely than these differ. A `Planner` gives equal plans for equal
+    histories: a plan that was patched is another one than `make_plan` makes.
 
     Args:
-        source: what the trainer ranks hold.
+        source: what the trainer ranks hold. Ranks whose `RankInfo` names no GPU share those of a node with ranks of
+            the other side only where it has too few for both.
         sink: what the engine ranks need.
         cluster: the machines; None for `default_cluster` of the hosts that the ranks name.
         options: None for the defaults.

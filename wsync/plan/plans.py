@@ -6,93 +6,37 @@ from functools import cached_property
 
 import msgspec
 
-from wsync.errors import ConfigError, WireError
+from wsync.errors import ConfigError
+from wsync.plan.checks import (
+    MAX_BYTES,
+    MAX_RANKS,
+    check_bucket_bytes,
+    check_classes,
+    check_flows,
+    check_range,
+    check_seconds,
+    check_trees,
+)
 from wsync.plan.flows import Flow, Tree
 from wsync.plan.names import Names
 from wsync.plan.packing import BucketCounter
-from wsync.plan.types import ALIGNMENT, SOURCE, Bound
+from wsync.plan.parts import PlanClass, PlanPart, PlanUnit, ScaleGroup
+from wsync.plan.types import Bound
 from wsync.spec.box import Box
 from wsync.spec.dtypes import itemsize
 from wsync.spec.serde import check_format, decode, digest_of, encode
 
-
-class PlanPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One part of every tensor of a class.
-
-    Attributes:
-        role: ``"weight"``, ``"scale"`` or ``"scale_2"``.
-        suffix: appended to the tensor's name.
-        dtype: on the wire.
-        shape: global, in elements on the wire, with as many dimensions as the tensor: a tensor of scales that has fewer
-            in the engine ends in ones here.
-    """
-
-    role: str
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class PlanUnit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """One box of every tensor of a class, which travels in one go unless a bucket ends within it.
-
-    Attributes:
-        part: which of the class's parts.
-        box: in the part's coordinates.
-        mode: MODE_COPY, MODE_FUSED or MODE_SCALED.
-        step: cuts in the last two dimensions (rows, columns) fall on multiples of these.
-        nbytes: on the wire as it is.
-        wire_bytes: expected to travel: fewer than ``nbytes`` where it is planned as a delta.
-    """
-
-    part: int
-    box: Box
-    mode: int
-    step: tuple[int, int]
-    nbytes: int
-    wire_bytes: int
-
-    @property
-    def planned(self) -> str:
-        """``"delta"`` or ``"dense"``."""
-        return "delta" if self.wire_bytes < self.nbytes else "dense"
-
-
-class PlanClass(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Tensors of one shape, placement and recipe.
-
-    Attributes:
-        recipe: how they are encoded.
-        parts: the weight first, then its scales.
-        units: weights first, then scales.
-        members: indices of the tensors in the source manifest, ascending.
-        groups: for each member its scale group in the plan, or empty where none shares its amax.
-        amax: (trainer rank, shard index, box of the weight) whose amaxes are exchanged, of every member.
-        grid_elements: amaxes of one member in the exchanged vector; 0 where none is exchanged.
-        amax_first: element of the vector where those of the first member begin, one member behind the other. Members
-            with a scale group have theirs where the group's begin.
-    """
-
-    recipe: str
-    parts: tuple[PlanPart, ...]
-    units: tuple[PlanUnit, ...]
-    members: tuple[int, ...]
-    groups: tuple[int, ...]
-    amax: tuple[tuple[int, int, Box], ...]
-    grid_elements: int
-    amax_first: int
-
-
-class ScaleGroup(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Tensors that share their amaxes in one recipe.
-
-    Attributes:
-        tensors: indices in the source manifest, in order of name.
-        amax_first: element of the exchanged vector where the shared amaxes begin.
-    """
-
-    tensors: tuple[int, ...]
-    amax_first: int
+__all__ = [
+    "RING_BUCKETS",
+    "Plan",
+    "PlanClass",
+    "PlanPart",
+    "PlanUnit",
+    "ScaleGroup",
+    "decode_plan",
+    "encode_plan",
+    "plan_digest",
+]
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -283,19 +227,6 @@ def plan_digest(plan: Plan) -> str:
     return digest_of(plan)
 
 
-def _check_tree(tree: Tree, num_sinks: int) -> None:
-    """Refuse a tree on which a rank that is not there sends, or one that has nothing, or receives twice."""
-    if len(tree.hops) != len(tree.rails):
-        raise WireError(f"a plan's tree has {len(tree.hops)} hops, but rails of {len(tree.rails)}")
-    has = {SOURCE}
-    for src, dst in tree.hops:
-        if src not in has or dst in has or not 0 <= dst < num_sinks:
-            raise WireError(f"a plan's tree has a hop from {src} to {dst} of {num_sinks} sinks after {sorted(has)}")
-        has.add(dst)
-    if tree.sinks != tuple(sorted(has - {SOURCE})):
-        raise WireError(f"a plan's tree is for sinks {list(tree.sinks)}, but reaches {sorted(has - {SOURCE})}")
-
-
 class _Version(msgspec.Struct):
     format_version: int
 
@@ -310,7 +241,8 @@ def decode_plan(data: bytes) -> Plan:
 
     Raises:
         FormatVersionError: written by another version of wsync.
-        WireError: truncated, not a plan, unknown fields, wrong types, or references to what it does not contain.
+        WireError: truncated, not a plan, unknown fields, wrong types, sizes that cannot be, or references
+            to what it does not contain.
     """
     # The version goes first: a newer plan's unknown fields should read as "newer", not as a typing error.
     check_format(decode(data, _Version).format_version, "the plan")
@@ -320,40 +252,22 @@ def decode_plan(data: bytes) -> Plan:
 
 
 def _check_references(plan: Plan) -> None:
-    """Refuse a plan that points outside itself."""
-
-    def check(what: str, value: int, count: int) -> None:
-        if not 0 <= value < count:
-            raise WireError(f"a plan refers to {what} {value} of {count}")
-
-    if plan.bucket_bytes < ALIGNMENT or plan.bucket_bytes % ALIGNMENT:
-        raise WireError(f"a plan's bucket_bytes is {plan.bucket_bytes}, allowed are multiples of {ALIGNMENT}")
-    numbered = 0
-    for flow in plan.flows:
-        check("trainer rank", flow.src_rank, plan.num_sources)
-        check("stage", flow.stage, 2)
-        check("tree", flow.tree_idx, len(plan.trees))
-        if flow.first_bucket < numbered:
-            raise WireError(f"a plan's flow begins at bucket {flow.first_bucket}, the one before ends at {numbered}")
-        numbered = flow.first_bucket + plan.num_buckets(flow)
-        for entry in flow.entries:
-            check("class", entry.class_idx, len(plan.classes))
-            cls = plan.classes[entry.class_idx]
-            check("unit", entry.unit_idx, len(cls.units))
-            check("member", entry.first, len(cls.members))
-            check("member", entry.end - 1, len(cls.members))
-            check("first member", entry.first, entry.end)
-    for tree in plan.trees:
-        _check_tree(tree, plan.num_sinks)
-    for cls in plan.classes:
-        for tensor_idx in cls.members:
-            check("tensor", tensor_idx, len(plan.names))
-        for group_idx in cls.groups:
-            check("scale group", group_idx, len(plan.scale_groups))
-        for unit in cls.units:
-            check("part", unit.part, len(cls.parts))
-        for rank, _, _ in cls.amax:
-            check("trainer rank", rank, plan.num_sources)
-    for group in plan.scale_groups:
-        for tensor_idx in group.tensors:
-            check("tensor", tensor_idx, len(plan.names))
+    """Refuse a plan that points outside itself, or whose sizes cannot be."""
+    check_range("a plan's num_sources", plan.num_sources, 1, MAX_RANKS)
+    check_range("a plan's num_sinks", plan.num_sinks, 1, MAX_RANKS)
+    check_bucket_bytes(plan.bucket_bytes)
+    check_range("a plan's needed_bytes", plan.needed_bytes, 0, MAX_BYTES)
+    for what, seconds in (("time_s", plan.time_s), ("fill_s", plan.fill_s), ("amax_s", plan.amax_s)):
+        check_seconds(f"a plan's {what}", seconds)
+    for bound in plan.bounds:
+        check_seconds(f"a plan's bound {bound.name!r}", bound.seconds)
+    check_trees(plan.trees, plan.num_sinks)
+    check_classes(
+        plan.classes,
+        plan.scale_groups,
+        tensors=range(len(plan.names)),
+        num_sources=plan.num_sources,
+        bucket_bytes=plan.bucket_bytes,
+        amax_elements=plan.amax_elements,
+    )
+    check_flows(plan.flows, plan.classes, len(plan.trees), plan.num_sources, plan.bucket_bytes)

@@ -11,25 +11,35 @@ from wsync.spec.manifest import SinkManifest, SinkRankManifest
 
 
 class RankClasses:
-    """Numbers classes of engine ranks. A class keeps its number in every later plan, whoever belongs to it then.
+    """Numbers classes of engine ranks. A class keeps its number in every later plan, whoever belongs to it
+    then, until it is forgotten.
 
     Ranks of one class have equal copies, recipes, storages and scale groups. The data-parallel replicas of an engine
     share these as objects, so identity is looked at first; manifests that came over a wire are compared by value, or
     made to share them by `shared`.
 
     Attributes:
-        firsts: the first rank of each class.
+        firsts: the first rank of each class, by number.
     """
 
     def __init__(self) -> None:
-        self.firsts: list[SinkRankManifest] = []
+        self.firsts: dict[int, SinkRankManifest] = {}
         self._by_id: dict[tuple[int, ...], int] = {}  # of the first ranks, which are kept: an id is one object's
         self._by_size: dict[tuple[int, ...], list[int]] = {}
 
-    def number(self, rank: SinkRankManifest) -> int:
-        """The class of a rank."""
+    def find(self, rank: SinkRankManifest) -> int | None:
+        """The class of a rank; None if it has no number yet."""
         found = self._by_id.get(_ids(rank))
-        return self._find(rank) if found is None else found
+        if found is not None:
+            return found
+        contents = _contents(rank)
+        alike = self._by_size.get(_sizes(rank), ())
+        return next((n for n in alike if _contents(self.firsts[n]) == contents), None)
+
+    def number(self, rank: SinkRankManifest) -> int:
+        """The class of a rank, which gets the lowest free number if it has none."""
+        found = self.find(rank)
+        return self._add(rank) if found is None else found
 
     def shared(self, rank: SinkRankManifest) -> SinkRankManifest:
         """An equal manifest that shares what it can with the first rank of its class."""
@@ -42,20 +52,32 @@ class RankClasses:
             scale_groups=first.scale_groups,
         )
 
-    def _find(self, rank: SinkRankManifest) -> int:
-        contents = _contents(rank)
-        alike = self._by_size.setdefault(tuple(len(x) for x in contents), [])
-        for number in alike:
-            if _contents(self.firsts[number]) == contents:
-                return number
-        alike.append(len(self.firsts))
-        self._by_id[_ids(rank)] = alike[-1]
-        self.firsts.append(rank)
-        return alike[-1]
+    def keep(self, mask: int) -> list[int]:
+        """Forget all classes but those of ``mask``. Their numbers, which are returned, are free again."""
+        gone = [number for number in self.firsts if not mask >> number & 1]
+        for number in gone:
+            rank = self.firsts.pop(number)
+            del self._by_id[_ids(rank)]
+            alike = self._by_size[_sizes(rank)]
+            alike.remove(number)
+            if not alike:
+                del self._by_size[_sizes(rank)]
+        return gone
+
+    def _add(self, rank: SinkRankManifest) -> int:
+        number = next(n for n in range(len(self.firsts) + 1) if n not in self.firsts)
+        self.firsts[number] = rank
+        self._by_id[_ids(rank)] = number
+        self._by_size.setdefault(_sizes(rank), []).append(number)
+        return number
 
 
 def _ids(rank: SinkRankManifest) -> tuple[int, ...]:
     return tuple(id(x) for x in _contents(rank))
+
+
+def _sizes(rank: SinkRankManifest) -> tuple[int, ...]:
+    return tuple(len(x) for x in _contents(rank))
 
 
 def _contents(rank: SinkRankManifest) -> tuple[tuple[object, ...] | dict[str, str], ...]:

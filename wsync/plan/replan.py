@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from wsync.errors import ConfigError, ManifestError
+from wsync.errors import ConfigError, ManifestError, WsyncError
 from wsync.plan.assemble import Parcels, make_flows
 from wsync.plan.bucket_size import choose_bucket_bytes
-from wsync.plan.classes import Classes, TensorClass, plan_classes
+from wsync.plan.classes import TensorClass
 from wsync.plan.cuts import find_bounds
 from wsync.plan.delta_size import Densities
-from wsync.plan.demand import Boxes, Encodings, collect_demands
 from wsync.plan.flows import DemandGroup, Flow, Lot, Routing, Tree
-from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.membership import Routed, patch
+from wsync.plan.model import Model, Models
 from wsync.plan.nodes import Nodes, find_nodes
-from wsync.plan.plans import Plan, PlanClass, ScaleGroup
-from wsync.plan.rank_classes import RankClasses, Sinks
+from wsync.plan.plans import Plan
+from wsync.plan.rank_classes import RankClasses, Sinks, mask_of
 from wsync.plan.route import route
 from wsync.plan.timing import plan_times
 from wsync.plan.types import ALIGNMENT, DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, PlanOptions
@@ -32,37 +31,18 @@ Router = Callable[[Sequence[DemandGroup], Nodes, int, PlanOptions], Routing]
 GOOD_SCORE = 1.05
 """A patched plan this near to its lower bound is kept as it is."""
 _WORSE = 1.005
-"""So is one that is not further from it, but for this factor, than the routing that it was made of."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What is known for one set of classes of engine ranks, however many ranks each of them has.
-
-    Attributes:
-        mask: of the classes.
-        bucket_bytes: size of every bucket.
-        classes, plan_classes: of tensors.
-        scale_groups, amax_elements: of the exchanged vector.
-        groups: of demand.
-        needed_bytes: that each rank of a set of classes needs, by the mask of the set.
-    """
-
-    mask: int
-    bucket_bytes: int
-    classes: list[TensorClass]
-    plan_classes: tuple[PlanClass, ...]
-    scale_groups: tuple[ScaleGroup, ...]
-    amax_elements: int
-    groups: OpenGroups
-    needed_bytes: dict[int, int]
+"""So is one of a large job that is not further from it, but for this factor, than the routing that it was made of."""
+_CHEAP = 20_000
+"""Groups times engine ranks of a job that is routed again at once where its patched plan is not good."""
+_OTHER_SIZE = 4
+"""Buckets keep their size until another one is better by this factor."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Last:
     """The plan before."""
 
-    model: _Model
+    model: Model
     router: Router
     routed: Routed
 
@@ -90,13 +70,11 @@ class Planner:
         self._cluster = cluster
         self._holdings: Holdings = check_source(source)
         self._names = tuple(t.name for t in source.tensors)
-        self._densities = Densities(self._options.density)
         self._ranks = RankClasses()
-        self._encodings = Encodings(Boxes())
-        self._classes = Classes(self._holdings, self._encodings, self._densities)
-        self._bucket_bytes = self._options.bucket_bytes
+        self._models = Models(self._holdings, Densities(self._options.density))
         self._checked: set[int] = set()
-        self._model: _Model | None = None
+        self._awaited = 0
+        self._model: Model | None = None
         self._last: _Last | None = None
 
     def plan(self, sink: SinkManifest, router: Router = route, *, afresh: bool = False) -> Plan:
@@ -104,7 +82,8 @@ class Planner:
 
         Where the ranks take the same as those of the plan before, in however many replicas, that plan is patched: only
         delivery trees that have lost or won ranks change. All is routed again where the result would be further from
-        its lower bound than `GOOD_SCORE` and than the last routing was.
+        its lower bound than `GOOD_SCORE`; in large jobs only if it is further than the last routing was, too, or if the
+        fleet is much larger or smaller than then.
 
         Args:
             sink: who is there now.
@@ -114,27 +93,38 @@ class Planner:
         Raises:
             WsyncError: as `make_plan`; what was planned before stays as it is.
         """
+        try:
+            plan = self._plan(sink, router, afresh=afresh)
+        finally:
+            self._keep(self._awaited)
+        self._awaited = 0
+        return plan
+
+    def _plan(self, sink: SinkManifest, router: Router, *, afresh: bool) -> Plan:
         sinks, model, nodes = self._survey(sink)
         last = self._last
         patched: Plan | None = None
         if last is not None and last.model is model and last.router is router and not afresh:
             patched = self._patched(last.routed, model, sinks, nodes)
-            if patched is not None and patched.score <= max(GOOD_SCORE, last.routed.score * _WORSE):
-                return self._remembered(patched, model, sinks, nodes, router, last.routed.score)
+            if patched is not None and _is_good(patched, last.routed, len(model.groups.free)):
+                return self._remembered(patched, model, sinks, nodes, router, last.routed)
         plan = self._routed(model, sinks, nodes, router)
         if patched is not None and patched.time_s < plan.time_s:
             plan = patched
-        return self._remembered(plan, model, sinks, nodes, router, plan.score)
+        return self._remembered(plan, model, sinks, nodes, router, None)
 
-    def _remembered(self, plan: Plan, model: _Model, sinks: Sinks, nodes: Nodes, router: Router, score: float) -> Plan:
-        self._last = _Last(model, router, Routed(sinks, nodes, plan.trees, plan.flows, score))
+    def _remembered(
+        self, plan: Plan, model: Model, sinks: Sinks, nodes: Nodes, router: Router, before: Routed | None
+    ) -> Plan:
+        score, num_sinks = (before.score, before.num_sinks) if before else (plan.score, plan.num_sinks)
+        self._last = _Last(model, router, Routed(sinks, nodes, plan.trees, plan.flows, score, num_sinks))
         return plan
 
-    def _patched(self, before: Routed, model: _Model, sinks: Sinks, nodes: Nodes) -> Plan | None:
+    def _patched(self, before: Routed, model: Model, sinks: Sinks, nodes: Nodes) -> Plan | None:
         found = patch(before, sinks, nodes, relay=self._options.relay)
         return None if found is None else self._finished(model, sinks, nodes, *found)
 
-    def _routed(self, model: _Model, sinks: Sinks, nodes: Nodes, router: Router) -> Plan:
+    def _routed(self, model: Model, sinks: Sinks, nodes: Nodes, router: Router) -> Plan:
         groups = [g.with_sinks(sinks) for g in model.groups.free]
         routing = router(groups, nodes, model.bucket_bytes, self._options)
         parcels = Parcels(model.classes)
@@ -151,29 +141,50 @@ class Planner:
     def demand(self, sink: SinkManifest) -> list[DemandGroup]:
         """All demand groups of a plan, as bounds count them: what no plan can avoid. Raises as `plan`."""
         sinks, model, _ = self._survey(sink)
-        return _all_groups(model, sinks)
+        return model.all_groups(sinks)
 
     def bf16_bytes(self, sink: SinkManifest) -> list[int]:
         """For each group of `demand` its bytes if nothing were quantised: weights in 16 bits, no scales."""
         sinks, model, _ = self._survey(sink)
-        return [sum(_bf16_bytes(model.classes[x.class_idx], x) for x in g.lots) for g in _all_groups(model, sinks)]
+        return [sum(_bf16_bytes(model.classes[x.class_idx], x) for x in g.lots) for g in model.all_groups(sinks)]
 
-    def _survey(self, sink: SinkManifest) -> tuple[Sinks, _Model, Nodes]:
+    def _survey(self, sink: SinkManifest) -> tuple[Sinks, Model, Nodes]:
         if not sink.ranks:
             raise ManifestError("a plan needs at least 1 engine rank, got 0")
+        _check_unique(sink)
         sinks = Sinks(sink, self._ranks)
-        model = self._model_for(sinks)
-        return sinks, model, find_nodes(self._holdings.source, sink, self._cluster)
+        nodes = find_nodes(self._holdings.source, sink, self._cluster)
+        return sinks, self._model_for(sinks, nodes), nodes
 
     def _finished(
         self,
-        model: _Model,
+        model: Model,
         sinks: Sinks,
         nodes: Nodes,
         trees: tuple[Tree, ...],
         flows: tuple[Flow, ...],
     ) -> Plan:
-        times = plan_times(trees, flows, nodes, model.bucket_bytes, amax_elements=model.amax_elements)
+        sizes = model.flow_sizes.of(flows)
+        packed_bytes = [0] * len(nodes.sources)
+        for flow, size in zip(flows, sizes, strict=True):
+            packed_bytes[flow.src_rank] += size.packed_bytes
+        times = plan_times(
+            trees,
+            flows,
+            nodes,
+            model.bucket_bytes,
+            amax_elements=model.amax_elements,
+            packed_bytes=packed_bytes,
+            flow_buckets=[size.num_buckets for size in sizes],
+        )
+        groups = model.all_groups(sinks)
+        bounds = find_bounds(
+            groups,
+            nodes,
+            sinks.manifest,
+            relay=self._options.relay,
+            packed_bytes=model.group_packed_bytes(groups),
+        )
         return Plan(
             format_version=FORMAT_VERSION,
             num_sources=len(self._holdings.source.ranks),
@@ -186,15 +197,20 @@ class Planner:
             flows=flows,
             amax_elements=model.amax_elements,
             needed_bytes=sum(n * len(sinks.of(mask)) for mask, n in model.needed_bytes.items()),
-            bounds=find_bounds(_all_groups(model, sinks), nodes, sinks.manifest, relay=self._options.relay),
+            bounds=bounds,
             time_s=times.time_s,
             fill_s=times.fill_s,
             amax_s=times.amax_s,
             aliases=self._holdings.aliases,
         )
 
-    def accept(self, rank: SinkRankManifest) -> SinkRankManifest:
+    def accept(self, rank: SinkRankManifest, live: Iterable[SinkRankManifest] | None = None) -> SinkRankManifest:
         """Check one engine rank by itself, once for all that take the same.
+
+        Args:
+            rank: to check.
+            live: the ranks accepted before that may still be planned for: what is known of any others but those of the
+                last plan is forgotten. None: whoever was accepted since the last plan.
 
         Returns:
             An equal manifest that shares what it can with those accepted before.
@@ -202,51 +218,69 @@ class Planner:
         Raises:
             WsyncError: as `make_plan` for this rank alone, without a cluster.
         """
-        number = self._ranks.number(rank)
+        if live is not None:
+            self._awaited = mask_of({n for n in map(self._ranks.find, live) if n is not None})
+            self._keep(self._awaited)
+        number = self._ranks.find(rank)
         if number not in self._checked:
-            self._new_model(Sinks(SinkManifest((rank,)), self._ranks), self._bucket_bytes or DEFAULT_BUCKET_BYTES)
+            self._check(rank)
+            number = self._ranks.number(rank)
             self._checked.add(number)
+        self._awaited |= 1 << number
         return self._ranks.shared(rank)
 
-    def _model_for(self, sinks: Sinks) -> _Model:
-        if self._model is None or self._model.mask != sinks.mask:
-            self._model = self._new_model(sinks, self._bucket_bytes)
-            self._bucket_bytes = self._model.bucket_bytes
+    def _check(self, rank: SinkRankManifest) -> None:
+        """Refuse a rank that nothing could be planned for, before it gets a number."""
+        alone = RankClasses()
+        size = self._options.bucket_bytes or (self._model.bucket_bytes if self._model else DEFAULT_BUCKET_BYTES)
+        try:
+            self._models.make(Sinks(SinkManifest((rank,)), alone), alone.firsts, lambda _: size)
+        except WsyncError:
+            self._models.gone(1)
+            raise
+
+    def _keep(self, mask: int) -> None:
+        """Forget the classes of engine ranks that are neither of ``mask`` nor of the last model."""
+        gone = self._ranks.keep(mask | (self._model.mask if self._model else 0))
+        self._checked.difference_update(gone)
+        self._models.gone(len(gone))
+
+    def _model_for(self, sinks: Sinks, nodes: Nodes) -> Model:
+        last = self._model
+        if last is None or last.mask != sinks.mask:
+            size = last.bucket_bytes if last else None
+        elif self._is_fit(last.bucket_bytes, last.asked_bytes, sinks, nodes):
+            return last
+        else:
+            size = None
+
+        def bucket_bytes(asked_bytes: dict[int, int]) -> int:
+            if size is not None and self._is_fit(size, asked_bytes, sinks, nodes):
+                return size
+            return self._best_size(asked_bytes, sinks, nodes)
+
+        self._model = self._models.make(sinks, self._ranks.firsts, bucket_bytes)
         return self._model
 
-    def _new_model(self, sinks: Sinks, bucket_bytes: int | None) -> _Model:
-        ranks = [(number, self._ranks.firsts[number]) for number in sorted(sinks.by_class)]
-        demands = collect_demands(self._holdings, ranks, self._encodings)
-        members = self._classes.group(demands)
-        if bucket_bytes is None:
-            bucket_bytes = choose_bucket_bytes(members, self._encodings.boxes.values, sinks, self._cluster)
-        classes = self._classes.intersect(members, bucket_bytes, sinks.first)
-        made, scale_groups, elements = plan_classes(classes, self._holdings.target_of)
-        return _Model(
-            sinks.mask,
-            bucket_bytes,
-            classes,
-            made,
-            scale_groups,
-            elements,
-            find_groups(classes),
-            _needed_bytes(classes),
-        )
+    def _best_size(self, asked_bytes: dict[int, int], sinks: Sinks, nodes: Nodes) -> int:
+        if self._options.bucket_bytes is not None:
+            return self._options.bucket_bytes
+        return DEFAULT_BUCKET_BYTES if self._cluster is None else choose_bucket_bytes(asked_bytes, sinks, nodes)
+
+    def _is_fit(self, size: int, asked_bytes: dict[int, int], sinks: Sinks, nodes: Nodes) -> bool:
+        """Whether another size would be hardly better: a change makes everything anew."""
+        best = self._best_size(asked_bytes, sinks, nodes)
+        return best < _OTHER_SIZE * size and size < _OTHER_SIZE * best
 
 
-def _all_groups(model: _Model, sinks: Sinks) -> list[DemandGroup]:
-    """The groups that are routed, and then the scales that follow weights: any holder may send them."""
-    lots: dict[tuple[tuple[int, ...], int], list[Lot]] = {}
-    for class_idx, unit_idx in model.groups.following:
-        cls = model.classes[class_idx]
-        unit = cls.blocks.units[unit_idx]
-        key = (tuple(rank for rank, _ in unit.holders), cls.needers(unit))
-        lots.setdefault(key, []).append(Lot(class_idx, unit_idx, cls.wire_bytes(unit), len(cls.members)))
-    following = [
-        DemandGroup(ranks, sinks.of(needers), 1, tuple(found), sum(x.nbytes * x.num_members for x in found))
-        for (ranks, needers), found in lots.items()
-    ]
-    return [*(g.with_sinks(sinks) for g in model.groups.free), *following]
+def _is_good(plan: Plan, routed: Routed, num_groups: int) -> bool:
+    """Whether a patched plan is kept without a look at what a new routing would give."""
+    if plan.score <= GOOD_SCORE:
+        return True
+    if num_groups * plan.num_sinks <= _CHEAP or plan.score > routed.score * _WORSE:
+        return False
+    # What a routing reached says little about a job of another size.
+    return 4 * abs(plan.num_sinks - routed.num_sinks) <= routed.num_sinks
 
 
 def _bf16_bytes(cls: TensorClass, lot: Lot) -> int:
@@ -256,18 +290,22 @@ def _bf16_bytes(cls: TensorClass, lot: Lot) -> int:
     return 2 * unit.box.num_elements * recipe.packed * lot.num_members if unit.part == 0 else 0
 
 
-def _needed_bytes(classes: Sequence[TensorClass]) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for cls in classes:
-        for unit in cls.blocks.units:
-            needers = cls.needers(unit)
-            found[needers] = found.get(needers, 0) + unit.nbytes * len(cls.members)
-    return found
+def _check_unique(sink: SinkManifest) -> None:
+    seen: dict[tuple[str, int], int] = {}
+    for sink_idx, rank in enumerate(sink.ranks):
+        other = seen.setdefault((rank.replica, rank.rank), sink_idx)
+        if other != sink_idx:
+            raise ManifestError(
+                f"rank {rank.rank} of replica {rank.replica!r} is in the sink manifest twice, as sink {other} and as "
+                f"sink {sink_idx}",
+                hint="give each replica a name of its own",
+            )
 
 
 def _check_options(options: PlanOptions) -> None:
     size = options.bucket_bytes
-    if size is not None and (size % ALIGNMENT or not 0 < size <= MAX_BUCKET_BYTES):
-        raise ConfigError(
-            f"bucket_bytes is {size}, allowed are multiples of {ALIGNMENT} from {ALIGNMENT} to {MAX_BUCKET_BYTES}"
-        )
+    allowed = f"allowed are multiples of {ALIGNMENT} from {ALIGNMENT} to {MAX_BUCKET_BYTES}"
+    if size is not None and (type(size) is not int or size % ALIGNMENT or not 0 < size <= MAX_BUCKET_BYTES):
+        raise ConfigError(f"bucket_bytes is {size!r}, {allowed}, as an int")
+    if not isinstance(options.relay, bool):
+        raise ConfigError(f"relay is {options.relay!r}, allowed are True and False")

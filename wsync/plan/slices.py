@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from wsync.errors import ConfigError, WireError
+from wsync.plan.checks import MAX_RANKS, check_bucket_bytes, check_classes, check_flows, check_range, check_trees
 from wsync.plan.expand import Expansion
 from wsync.plan.flows import Entry, Flow, Tree
 from wsync.plan.names import Names, pack_names, unpack_names
@@ -151,7 +152,7 @@ def expand_source(compact: CompactSlice) -> SourceSlice:
 
     Raises:
         FormatVersionError: a slice of another version of wsync.
-        WireError: a slice for the other side.
+        WireError: a slice for the other side, of sizes that cannot be, or with references to what it does not contain.
     """
     expansion = _expansion(compact, "source")
     buckets = expansion.buckets(compact.flows, compact.trees)
@@ -166,7 +167,7 @@ def expand_sink(compact: CompactSlice) -> SinkSlice:
 
     Raises:
         FormatVersionError: a slice of another version of wsync.
-        WireError: a slice for the other side.
+        WireError: a slice for the other side, of sizes that cannot be, or with references to what it does not contain.
     """
     expansion = _expansion(compact, "sink")
     buckets = expansion.buckets(compact.flows, compact.trees)
@@ -178,8 +179,43 @@ def _expansion(compact: CompactSlice, side: str) -> Expansion:
     check_format(compact.format_version, "the slice")
     if compact.side != side:
         raise WireError(f"a slice for a {side} was expected, one for a {compact.side} came")
-    names = dict(zip(compact.tensors, unpack_names(compact.names), strict=True))
-    return Expansion(compact.classes, compact.scale_groups, names, compact.bucket_bytes)
+    names = unpack_names(compact.names)
+    _check_references(compact, len(names))
+    return Expansion(
+        compact.classes, compact.scale_groups, dict(zip(compact.tensors, names, strict=True)), compact.bucket_bytes
+    )
+
+
+def _check_references(compact: CompactSlice, num_names: int) -> None:
+    """Refuse a slice that points outside itself, or whose sizes cannot be."""
+    check_range("the index of a slice", compact.index, 0, MAX_RANKS - 1)
+    check_bucket_bytes(compact.bucket_bytes)
+    if len(compact.tensors) != num_names:
+        raise WireError(f"a slice has {len(compact.tensors)} tensors, but {num_names} names")
+    for before, tensor_idx in zip((-1, *compact.tensors), compact.tensors, strict=False):
+        if tensor_idx <= before:
+            raise WireError(f"a slice lists tensor {tensor_idx} after {before}, allowed is ascending order from 0")
+    check_trees(compact.trees, MAX_RANKS)
+    check_classes(
+        compact.classes,
+        compact.scale_groups,
+        tensors=compact.tensors,
+        num_sources=MAX_RANKS,
+        bucket_bytes=compact.bucket_bytes,
+        amax_elements=compact.amax_elements,
+    )
+    check_flows(compact.flows, compact.classes, len(compact.trees), MAX_RANKS, compact.bucket_bytes)
+    _check_owner(compact)
+
+
+def _check_owner(compact: CompactSlice) -> None:
+    """Refuse a slice with what another rank does."""
+    for flow in compact.flows:
+        if compact.side == "source" and flow.src_rank != compact.index:
+            raise WireError(f"a slice for trainer rank {compact.index} has a flow of trainer rank {flow.src_rank}")
+    for tree in compact.trees:
+        if compact.side == "sink" and compact.index not in tree.sinks:
+            raise WireError(f"a slice for sink {compact.index} has a tree for sinks {list(tree.sinks)}")
 
 
 def source_slice(plan: Plan, rank: int, digest: str | None = None) -> SourceSlice:

@@ -7,11 +7,13 @@ Source: the alpha-beta model of a message (Hockney), and for a chain of h hops w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from wsync.errors import ConfigError
 from wsync.plan.flows import LOCAL, Flow, Tree
 from wsync.plan.nodes import Nodes
 from wsync.plan.places import Lane
@@ -65,6 +67,7 @@ def plan_times(
     *,
     amax_elements: int = 0,
     packed_bytes: Sequence[int] | None = None,
+    flow_buckets: Sequence[int] | None = None,
 ) -> Times:
     """Predict the seconds of a plan.
 
@@ -75,13 +78,18 @@ def plan_times(
         bucket_bytes: size of a bucket.
         amax_elements: f32 elements of the vector that all trainer ranks exchange.
         packed_bytes: for each trainer rank the bytes that it reads and writes in GPU memory to pack.
+        flow_buckets: messages of each flow; None for as few as hold its bytes, where flows have no pieces yet.
+
+    Raises:
+        ConfigError: trainer ranks that exchange amaxes cannot reach each other.
     """
     parts = _Parts(nodes)
     sent: dict[tuple[int, int], list[int]] = {}
-    for flow in flows:
+    counts = flow_buckets if flow_buckets is not None else [-(-f.nbytes // bucket_bytes) for f in flows]
+    for flow, count in zip(flows, counts, strict=True):
         total = sent.setdefault((flow.src_rank, flow.tree_idx), [0, 0])
         total[0] += flow.wire_bytes
-        total[1] += -(-flow.nbytes // bucket_bytes)
+        total[1] += count
     by_tree: dict[int, list[int]] = {}
     first_hops = [_first_hops(tree, nodes) for tree in trees]
     largest = 0
@@ -129,18 +137,47 @@ def amax_s(nodes: Nodes, num_elements: int) -> float:
     """Seconds of an all-reduce(max) of ``num_elements`` f32 among all trainer ranks: the better of ring and halving.
 
     Source: the costs of both algorithms in the alpha-beta model (Thakur et al., 2005).
+
+    Raises:
+        ConfigError: two nodes of trainer ranks have no path to each other; both are named.
     """
     ranks = len(nodes.sources)
     if not num_elements or ranks < 2:
         return 0.0
-    per_node: dict[int, int] = {}
-    for node in nodes.source_node:
-        per_node[node] = per_node.get(node, 0) + 1
-    rates = [nodes.groups[n].local_gbps for n in per_node]
-    if len(per_node) > 1:
-        rates += [nodes.groups[n].network_gbps / count for n, count in per_node.items() if nodes.groups[n].nics]
-    moved_s = 2 * (ranks - 1) / ranks * 4 * num_elements / (min(rates) * 1e9)
+    moved_s = 2 * (ranks - 1) / ranks * 4 * num_elements / (_slowest_gbps(nodes) * 1e9)
     return moved_s + min(2 * (ranks - 1), 2 * math.ceil(math.log2(ranks))) * nodes.cluster.alpha_s
+
+
+def _slowest_gbps(nodes: Nodes) -> float:
+    """The narrowest place of a ring through all trainer ranks that enters every zone once."""
+    used = list(dict.fromkeys(nodes.source_node))
+    rates = [nodes.groups[n].local_gbps for n in used]
+    domains = {(x.node, x.domain) for x in nodes.sources}
+    rates += [nodes.groups[n].pcie_gbps or math.inf for n in used if sum(node == n for node, _ in domains) > 1]
+    network: dict[int, list[float]] = {}
+    for node in used:
+        network.setdefault(nodes.island[node], []).append(nodes.groups[node].network_gbps)
+    if len(network) > 1:
+        _check_connected(nodes, used, {i for i, x in network.items() if not any(x)})
+        count = Counter(nodes.island[n] for n in nodes.source_node)
+        rates += [math.fsum(x) / count[i] for i, x in network.items()]
+    zones = sorted({nodes.zone[n] for n in used})
+    edges = Counter(i for a, b in zip(zones, [*zones[1:], zones[0]], strict=True) for i in nodes.zones.crossed[a][b])
+    return min(*rates, *(nodes.cluster.links[i // 2].rate_gbps / n for i, n in edges.items()), math.inf)
+
+
+def _check_connected(nodes: Nodes, used: Sequence[int], cut_off: Collection[int]) -> None:
+    """Refuse trainer nodes of which some are on an island that no NIC leads to."""
+    for node in used:
+        if nodes.island[node] not in cut_off:
+            continue
+        other = next(n for n in used if nodes.island[n] != nodes.island[node])
+        here, there = nodes.names[node], nodes.names[other]
+        raise ConfigError(
+            f"no path from node {here!r} to node {there!r}, whose trainer ranks exchange amaxes: group "
+            f"{nodes.groups[node].name!r} has 0 nics",
+            hint="give the group a nic, or hold all parts of a scale block on one node",
+        )
 
 
 def best_bucket_bytes(chain_bytes: int, num_hops: int, rate_gbps: float, alpha_s: float) -> int:
@@ -216,9 +253,10 @@ class _Parts:
     def pack(self, packed_bytes: Sequence[int]) -> None:
         """Count what trainer ranks read and write to pack."""
         for rank, nbytes in enumerate(packed_bytes):
-            rate = self.nodes.groups[self.nodes.source_node[rank]].hbm_gbps
-            if rate is not None and nbytes:
-                self._part(f"memory of trainer rank {rank}", rate).nbytes += nbytes
+            lane = self.nodes.sources[rank]
+            rate = self.nodes.groups[lane.node].hbm_gbps
+            if lane.gpu >= 0 and rate is not None and nbytes:
+                self._part(f"memory of {self._gpu(lane)}", rate).nbytes += nbytes
 
     def stage_s(self, bucket_bytes: int) -> float:
         """What one bucket costs in the stages before and after the wire, which nothing overlaps."""
@@ -269,7 +307,7 @@ class _Parts:
     def _sender(self, name: str, lane: Lane, there: Lane, nic: int | None) -> _Load:
         """The rank's own sequence of messages, as fast as the widest way out of it."""
         group = self.nodes.groups[lane.node]
-        rate = group.local_gbps
+        rate = max(group.local_gbps, (group.pcie_gbps or 0.0) if lane.gpu >= 0 else 0.0)
         if nic is not None:
             rate = self.nodes.ports[lane.port].rate_gbps
         elif (lane.node, lane.gpu) == (there.node, there.gpu) and group.hbm_gbps and lane.gpu >= 0:

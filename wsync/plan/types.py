@@ -158,7 +158,7 @@ class SinkSlice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bound(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One cut of the cluster: no plan is faster.
+    """One cut of the cluster: no plan is faster in which engine ranks pass on only what they need themselves.
 
     Attributes:
         name: of the cut, such as ``ingress of node h1``.
@@ -189,3 +189,5 @@ DEFAULT_BUCKET_BYTES = 4 << 20
 MAX_BUCKET_BYTES = 1 << 40
 MAX_BUCKETS = 1 << 30
 """Numbers of buckets stay below: they are message tags."""
+MAX_WIRE_BYTES = (8 << 63) - 1
+"""Logical wire offsets stay below: digests number the words of the whole wire by 64-bit integers."""

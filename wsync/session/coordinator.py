@@ -333,7 +333,8 @@ class Coordinator:
             return
         # Planned alone, so that one engine with another model is refused by name and the others go on.
         planner = self._plans()
-        client.manifest = message.manifest if planner is None else planner.accept(message.manifest)
+        live = [c.manifest for c in self._members.sinks() if c.manifest is not None]
+        client.manifest = message.manifest if planner is None else planner.accept(message.manifest, live)
         self._send(client, Accepted(self.incarnation))
         if self._round is not None:
             self._round.returned(client.replica)

@@ -49,11 +49,15 @@ class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         host: identity of the machine (two ranks with equal ``host`` can share memory).
         pid: its process.
         pid_namespace: in which ``pid`` counts (containers of one host may have their own).
+        gpu: index of its GPU on the machine, as in the cluster file. None leaves it to the planner: it takes trainer
+            and engine ranks of one machine to run on different GPUs if there are enough, numbered in order, trainer
+            ranks first; if not, both sides to share GPUs, each numbered from 0.
     """
 
     host: str
     pid: int = 0
     pid_namespace: str = ""
+    gpu: int | None = None
 
 
 class SourceRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

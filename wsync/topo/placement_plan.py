@@ -8,7 +8,7 @@ import msgspec
 
 from wsync.errors import ConfigError, FormatVersionError, WireError
 from wsync.plan import Plan, decode_plan, make_plan
-from wsync.plan.nodes import nodes_of
+from wsync.plan.nodes import Nodes, find_nodes, nodes_of
 from wsync.plan.timing import LinkLoad, Times, plan_times
 from wsync.spec.cluster import Cluster, NodeGroup
 from wsync.spec.manifest import SinkManifest, SourceManifest
@@ -53,9 +53,7 @@ def read_plan(data: bytes, name: str) -> Plan:
 def plan_on(source: SourceManifest, sink: SinkManifest, cluster: Cluster) -> Planned:
     """Plan over the cluster and say what its parts carry."""
     plan = make_plan(source, sink, cluster)
-    hosts = [r.host for r in source.ranks]
-    sinks = [r.info.host for r in sink.ranks]
-    return _judge(plan, plan_time(plan, hosts, sinks, cluster))
+    return _judge(plan, _times(plan, find_nodes(source, sink, cluster)))
 
 
 def replay_on(plan: Plan, trainer: NodeGroup, engine: NodeGroup, cluster: Cluster) -> Planned:
@@ -71,7 +69,10 @@ def replay_on(plan: Plan, trainer: NodeGroup, engine: NodeGroup, cluster: Cluste
 
 def plan_time(plan: Plan, hosts: Sequence[str], sinks: Sequence[str], cluster: Cluster) -> Times:
     """Times of a plan whose ranks run on these hosts."""
-    nodes = nodes_of(hosts, sinks, cluster)
+    return _times(plan, nodes_of(hosts, sinks, cluster))
+
+
+def _times(plan: Plan, nodes: Nodes) -> Times:
     return plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes, amax_elements=plan.amax_elements)
 
 

@@ -15,13 +15,16 @@ from wsync.describe.engines.storages import PartBoxes, Storages
 from wsync.describe.layout import MAX_COPIES
 from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import EMBEDDING, OTHER
+from wsync.describe.ranks import rank_infos
 from wsync.describe.trainers.fsdp import num_experts
 from wsync.describe.trainers.scheme import num_layers
 from wsync.errors import ConfigError, ManifestError, RecipeError
-from wsync.spec.manifest import CopySpec, RankInfo, SinkManifest, SinkRankManifest, StorageSpec
+from wsync.spec.manifest import CopySpec, SinkManifest, SinkRankManifest, StorageSpec
 
 
-def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: str) -> SinkManifest:
+def describe_sink(
+    model: ModelShape, layout: str, hosts: Sequence[str], recipe: str, gpus: Sequence[int] | None = None
+) -> SinkManifest:
     """What every rank of all replicas of an engine needs, and where in its memory that goes.
 
     The layout is vLLM's: fused projections, stacked experts, a padded vocabulary. The same rank of every replica has
@@ -32,6 +35,7 @@ def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: 
         layout: such as ``tp=8,replicas=4`` or ``ep=16,replicas=8``; `wsync.describe.engines.KEYS` has all keys.
         hosts: the host of each rank, replica by replica.
         recipe: of the weights of linear layers and experts; what engines do not quantise stays ``bf16`` or ``raw``.
+        gpus: the GPU of each rank on its host; None leaves it to the planner, as `RankInfo` says.
 
     Raises:
         ConfigError: a layout that is malformed, or does not divide the world or the model.
@@ -57,13 +61,13 @@ def describe_sink(model: ModelShape, layout: str, hosts: Sequence[str], recipe: 
                 replica=f"engine-{i // grid.size}",
                 rank=i % grid.size,
                 world_size=grid.size,
-                info=RankInfo(host, i),
+                info=info,
                 recipes=ranks[i % grid.size].recipes,
                 storages=ranks[i % grid.size].storages,
                 copies=ranks[i % grid.size].copies,
                 scale_groups=ranks[i % grid.size].scale_groups,
             )
-            for i, host in enumerate(hosts)
+            for i, info in enumerate(rank_infos(hosts, gpus))
         )
     )
 

@@ -9,6 +9,7 @@ from msgspec import structs
 from wsync.describe.layout import MAX_LISTS, Degrees, check_length, check_ranks
 from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import part_of
+from wsync.describe.ranks import rank_infos
 from wsync.describe.trainers import fsdp, megatron, zero3
 from wsync.describe.trainers.fsdp import Fsdp
 from wsync.describe.trainers.megatron import Megatron
@@ -16,7 +17,7 @@ from wsync.describe.trainers.scheme import Keys, Scheme, Shards
 from wsync.describe.trainers.zero3 import Zero3
 from wsync.errors import ConfigError, MissingTensorError
 from wsync.spec.dtypes import itemsize
-from wsync.spec.manifest import PARAMETER, RankInfo, SourceManifest, TensorSpec
+from wsync.spec.manifest import PARAMETER, SourceManifest, TensorSpec
 
 _FSDP, _MEGATRON, _ZERO3 = "FSDP2", "Megatron-Core", "ZeRO-3"
 
@@ -26,7 +27,13 @@ TRAINERS: dict[str, Keys] = {_FSDP: fsdp.KEYS, _MEGATRON: megatron.KEYS, _ZERO3:
 _FLOATS = ("bfloat16", "float16", "float32")
 
 
-def describe_source(model: ModelShape, layout: str, hosts: Sequence[str], dtype: str = "bfloat16") -> SourceManifest:
+def describe_source(
+    model: ModelShape,
+    layout: str,
+    hosts: Sequence[str],
+    dtype: str = "bfloat16",
+    gpus: Sequence[int] | None = None,
+) -> SourceManifest:
     """What every rank of a trainer holds.
 
     Tensors that are laid out alike share one tuple of shards, the same object.
@@ -37,6 +44,7 @@ def describe_source(model: ModelShape, layout: str, hosts: Sequence[str], dtype:
             ``zero3=64``; `TRAINERS` has all keys.
         hosts: the host of each rank.
         dtype: of the parameters that ranks hold; ``float32`` for masters.
+        gpus: the GPU of each rank on its host; None leaves it to the planner, as `RankInfo` says.
 
     Raises:
         ConfigError: a layout that is malformed, or does not divide the world or the model.
@@ -68,7 +76,7 @@ def describe_source(model: ModelShape, layout: str, hosts: Sequence[str], dtype:
             found[key] = equal.setdefault(held, held)
             _check_cover(tensor, held, layout)
         shards.append(found[key])
-    ranks = tuple(RankInfo(host, rank) for rank, host in enumerate(hosts))
+    ranks = rank_infos(hosts, gpus)
     return SourceManifest(ranks, tensors, tuple(shards))
 
 

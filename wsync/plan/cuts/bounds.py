@@ -2,6 +2,12 @@
 
 Source: the max-flow min-cut argument. For a set of nodes, bytes that have a needer and no holder inside must enter it,
 and bytes that have all holders inside and a needer outside must leave it, each at least once.
+
+A plan here is one in which trainer ranks only send what they hold, engine ranks only pass on what they need themselves,
+and a rank uses the NICs that `wsync.plan.places` says it reaches. The cuts of nodes, of NVLink domains that span nodes
+and of links hold of every other plan too. Those of the NICs of some ranks and of the traffic between nodes do not: a
+GPU that copies what it does not need over PCIe to lend its NIC to another would beat them. So would one that lends its
+PCIe to a GPU of its own NVLink domain beat those of single ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +37,6 @@ def find_bounds(
     relay: bool = True,
     nbytes: Sequence[int] | None = None,
     packed_bytes: Sequence[int] | None = None,
-    staged: bool = False,
 ) -> tuple[Bound, ...]:
     """Every cut that is looked at, the slowest first.
 
@@ -41,19 +46,23 @@ def find_bounds(
         sink: for the names of engine ranks.
         relay: False for what holds of plans in which engine ranks pass nothing on to other nodes.
         nbytes: of each group on another wire (all in bf16, say), in place of its own.
-        packed_bytes: of each group, read and written in the memory of the GPU that packs it.
-        staged: bytes pass through host memory on both sides, and so over PCIe.
+        packed_bytes: of each group, read and written in the memory of the GPU that packs it. `plan_times` takes the
+            same by trainer rank.
     """
-    return _Cuts(tally(groups, nodes, nbytes, packed_bytes), nodes, relay).all(sink, staged)
+    return _Cuts(tally(groups, nodes, nbytes, packed_bytes), nodes, relay).all(sink)
 
 
 def gpu_gbps(nodes: Nodes, lane: Lane) -> float:
-    """GB/s at which one rank's GPU exchanges bytes with all others: NVLink and its own NICs, else PCIe, else memory."""
+    """GB/s at which one rank's GPU exchanges bytes with all others: NVLink and PCIe, else PCIe, else host memory.
+
+    Over PCIe go the GPU's own NICs, and where a node has several NVLink domains whatever is between them.
+    """
     group = nodes.groups[lane.node]
-    if lane.domain >= 0 and group.nvlink_gbps is not None:
-        own = sum(nodes.nics[i].rate_gbps for i in lane.own)
-        return group.nvlink_gbps + min(own, group.pcie_gbps or own)
-    return group.local_gbps
+    if lane.domain < 0 or group.nvlink_gbps is None:
+        return group.local_gbps
+    own = sum(nodes.nics[i].rate_gbps for i in lane.own)
+    pcie = group.pcie_gbps or own
+    return group.nvlink_gbps + (pcie if group.nvlink_domain < group.num_gpus else min(own, pcie))
 
 
 class _Cuts:
@@ -64,7 +73,7 @@ class _Cuts:
         self.rates = island_rates(nodes)
         self.found: dict[str, float] = {}
 
-    def all(self, sink: SinkManifest | None, staged: bool) -> tuple[Bound, ...]:
+    def all(self, sink: SinkManifest | None) -> tuple[Bound, ...]:
         self._islands()
         self._sets()
         self._traffic()
@@ -73,13 +82,14 @@ class _Cuts:
             self._add(name, nbytes, rate)
         for name, nbytes, rate in guarded_cuts(self.total.flux, self.nodes, self.rates, self._names):
             self._add(name, nbytes, rate)
-        self._ranks(sink, staged)
+        self._ranks(sink)
         self._memory()
         self._packing()
         bounds = [Bound(name, seconds) for name, seconds in self.found.items()]
         return tuple(sorted(bounds, key=lambda b: (-b.seconds, b.name)))
 
     def _add(self, name: str, nbytes: int, rate_gbps: float) -> None:
+        """Note a cut. Several may have one name: large sets are named by their first node."""
         if nbytes and rate_gbps:
             self.found[name] = max(self.found.get(name, 0.0), nbytes / (rate_gbps * 1e9))
 
@@ -107,22 +117,15 @@ class _Cuts:
             rate = self._rate(mask)
             return leaving(flux, mask, self.relay) / (rate * 1e9) if rate else 0.0
 
-        def ingress_s(mask: int) -> float:
-            rate = self._rate(mask)
-            return entering(flux, mask) / (rate * 1e9) if rate else 0.0
-
         held = self._heavy_holders()
-        sets = {"egress of all trainer nodes": trainers}
+        if trainers.bit_count() > 1:
+            self._add("egress of all trainer nodes", leaving(flux, trainers, self.relay), self._rate(trainers))
         worst = worst_senders(flux, self.rates, self.relay)
         for mask in dict.fromkeys([*held[:8], worst, *(grown(m, held, egress_s) for m in (*held[:1], worst))]):
             if mask.bit_count() > 1 and mask != trainers:
-                sets[f"egress of {self._names(mask)}"] = mask
-        for name, mask in sets.items():
-            if mask.bit_count() > 1:
-                self.found[name] = egress_s(mask)
+                self._add(f"egress of {self._names(mask)}", leaving(flux, mask, self.relay), self._rate(mask))
         if engines.bit_count() > 1:
-            self.found["ingress of all engine nodes"] = ingress_s(engines)
-        self.found = {k: v for k, v in self.found.items() if v}
+            self._add("ingress of all engine nodes", entering(flux, engines), self._rate(engines))
 
     def _heavy_holders(self) -> list[int]:
         """Sets of several islands that hold the same bytes, those first that take longest to send their own once."""
@@ -184,19 +187,15 @@ class _Cuts:
         parts = [f"nics {', '.join(map(str, s))} of node {self.nodes.names[n]}" for n, s in list(by_node.items())[:4]]
         return ", ".join(parts) + (f" and of {len(by_node) - 4} other nodes" if len(by_node) > 4 else "")
 
-    def _ranks(self, sink: SinkManifest | None, staged: bool) -> None:
+    def _ranks(self, sink: SinkManifest | None) -> None:
         nodes = self.nodes
         for rank, nbytes in enumerate(self.total.rank_out):
             lane = nodes.sources[rank]
             self._add(f"egress of trainer rank {rank}", nbytes, gpu_gbps(nodes, lane))
-            if staged and lane.gpu >= 0:
-                self._add(f"PCIe of trainer rank {rank}", nbytes, nodes.groups[lane.node].pcie_gbps or 0.0)
         for i, nbytes in enumerate(self.total.sink_in):
             lane = nodes.sinks[i]
             name = f"rank {sink.ranks[i].rank} of replica {sink.ranks[i].replica}" if sink else f"sink {i}"
             self._add(f"install on {name}", nbytes, gpu_gbps(nodes, lane))
-            if staged and lane.gpu >= 0:
-                self._add(f"PCIe of {name}", nbytes, nodes.groups[lane.node].pcie_gbps or 0.0)
 
     def _memory(self) -> None:
         for i, group in enumerate(self.nodes.groups):
@@ -209,6 +208,7 @@ class _Cuts:
         for ranks, nbytes in packed.items():
             if len(ranks) == 1:
                 self._add(f"quantise on trainer rank {ranks[0]}", nbytes, hbm[ranks[0]])
-        holders = sorted({r for ranks in packed for r in ranks})
+        holders = {r for ranks in packed for r in ranks}
         if holders and all(hbm[r] for r in holders):
-            self._add("quantise on all trainer ranks", sum(packed.values()), sum(hbm[r] for r in holders))
+            gpus = {(nodes.sources[r].node, nodes.sources[r].gpu): hbm[r] for r in holders}
+            self._add("quantise on all trainer ranks", sum(packed.values()), sum(gpus.values()))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from wsync.plan.flows import DemandGroup
 from wsync.plan.nodes import Nodes
+from wsync.plan.places import Lane
 
 
 class Place(NamedTuple):
@@ -26,18 +27,13 @@ class Flux(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Holders:
+class _Ranks:
+    """Ranks of one side: on which islands and GPUs they are, and by which ports they can leave."""
+
     ranks: tuple[int, ...]
     islands: int
     places: frozenset[Place]
     ports: tuple[int, ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Sinks:
-    sinks: tuple[int, ...]
-    islands: int
-    places: frozenset[Place]
 
 
 @dataclass(slots=True)
@@ -84,8 +80,8 @@ class _Counter:
             rank_out=[0] * len(nodes.sources),
             memory=[0] * len(nodes.names),
         )
-        self._holders: dict[tuple[int, ...], _Holders] = {}
-        self._sinks: dict[tuple[int, ...], _Sinks] = {}
+        self._holders: dict[tuple[int, ...], _Ranks] = {}
+        self._sinks: dict[tuple[int, ...], _Ranks] = {}
 
     def count(
         self, groups: Sequence[DemandGroup], nbytes: Sequence[int] | None, packed_bytes: Sequence[int] | None
@@ -96,8 +92,8 @@ class _Counter:
         away: dict[tuple[int, tuple[int, ...]], int] = {}
         for i, group in enumerate(groups):
             w = group.nbytes if nbytes is None else nbytes[i]
-            held = self._holders.get(group.holders) or self._add_holders(group.holders)
-            need = self._sinks.get(group.sinks) or self._add_sinks(group.sinks)
+            held = self._holders.get(group.holders) or self._add(group.holders, self.nodes.sources, self._holders)
+            need = self._sinks.get(group.sinks) or self._add(group.sinks, self.nodes.sinks, self._sinks)
             key = (held.islands, need.islands)
             flux[key] = flux.get(key, 0) + w
             by_sinks[group.sinks] = by_sinks.get(group.sinks, 0) + w
@@ -118,32 +114,19 @@ class _Counter:
         self._count_memory()
         return total
 
-    def _add_holders(self, ranks: tuple[int, ...]) -> _Holders:
-        nodes = self.nodes
-        islands, places = 0, set()
-        for rank in ranks:
-            lane = nodes.sources[rank]
-            islands |= 1 << nodes.island[lane.node]
+    def _add(self, ranks: tuple[int, ...], lanes: Sequence[Lane], known: dict[tuple[int, ...], _Ranks]) -> _Ranks:
+        islands, places, ports = 0, set(), set()
+        for lane in (lanes[r] for r in ranks):
+            islands |= 1 << self.nodes.island[lane.node]
+            ports.add(lane.port)
             if lane.gpu >= 0:
                 places.add(Place(lane.node, lane.gpu))
-        ports = tuple(sorted({nodes.sources[r].port for r in ranks}))
-        found = self._holders[ranks] = _Holders(ranks, islands, frozenset(places), ports)
+        found = known[ranks] = _Ranks(ranks, islands, frozenset(places), tuple(sorted(ports)))
         return found
 
-    def _add_sinks(self, sinks: tuple[int, ...]) -> _Sinks:
-        nodes = self.nodes
-        islands, places = 0, set()
-        for s in sinks:
-            lane = nodes.sinks[s]
-            islands |= 1 << nodes.island[lane.node]
-            if lane.gpu >= 0:
-                places.add(Place(lane.node, lane.gpu))
-        found = self._sinks[sinks] = _Sinks(sinks, islands, frozenset(places))
-        return found
-
-    def _on_device(self, held: _Holders, need: _Sinks, nbytes: int) -> None:
+    def _on_device(self, held: _Ranks, need: _Ranks, nbytes: int) -> None:
         """Sinks whose own GPU holds the bytes need no port for them."""
-        for s in need.sinks:
+        for s in need.ranks:
             lane = self.nodes.sinks[s]
             if Place(lane.node, lane.gpu) in held.places:
                 self.total.sink_in[s] -= nbytes

@@ -1,10 +1,12 @@
-"""Trees after some sinks left or joined, without routing anew: one pass over the hops."""
+"""Trees after some sinks left or joined, without routing anew: one pass over the hops.
+
+Every sink must reach a NIC: where some do not, who could take a place depends on who else is there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from wsync.errors import ConfigError
 from wsync.plan.flows import LOCAL, Tree
 from wsync.plan.nodes import Nodes, byte_cost
 from wsync.plan.types import SOURCE
@@ -24,9 +26,6 @@ def without_sinks(
         nodes: of the job before.
         lost: the sinks that left.
         relay: as in `PlanOptions`.
-
-    Raises:
-        ConfigError: those of an island that stay reach no NIC.
     """
     gone = frozenset(lost)
     number, new_number = 0, {SOURCE: SOURCE}
@@ -61,9 +60,6 @@ def with_sinks(
         nodes: of the job with the new sinks.
         like: new sink -> a sink that needs the same.
         relay: as in `PlanOptions`.
-
-    Raises:
-        ConfigError: the new sinks of an island reach no NIC.
     """
     twins: dict[int, list[int]] = {}
     for new, old in sorted(like.items()):
@@ -175,15 +171,12 @@ def _heirs(tree: Tree, gone: frozenset[int], loads: _Loads) -> dict[int, int]:
         if s not in gone:
             members.setdefault(loads.island(s), []).append(s)
     heirs = {}
-    for (_, dst), rail in zip(tree.hops, tree.rails, strict=True):
+    for _, dst in tree.hops:
         if dst not in gone:
             continue
         left = members.get(loads.island(dst), [])
         if left:
-            able = left if rail == LOCAL else [s for s in left if loads.nodes.sinks[s].port >= 0]
-            if not able:
-                raise _cut_off(loads.nodes, left[0])
-            heirs[dst] = able[0]
+            heirs[dst] = left[0]
     return heirs
 
 
@@ -199,22 +192,11 @@ def _grown(tree: Tree, nbytes: int, added: Sequence[int], loads: _Loads, turn: i
     for island, members in by_island.items():
         head = first.get(island)
         if head is None:
-            able = [s for s in members if loads.nodes.sinks[s].port >= 0]
-            if not able:
-                raise _cut_off(loads.nodes, members[0])
-            head = able[turn % len(able)]
+            head = members[turn % len(members)]
             lane = loads.nodes.sinks[head]
             nics = lane.own or lane.reach
-            branches.adopt(head, lane.reach.index(nics[turn // len(able) % len(nics)]))
+            branches.adopt(head, lane.reach.index(nics[turn // len(members) % len(nics)]))
         for s in members:
             if s != head:
                 branches.add(head, s, LOCAL)
     return branches.tree()
-
-
-def _cut_off(nodes: Nodes, sink: int) -> ConfigError:
-    name = nodes.names[nodes.sink_node[sink]]
-    return ConfigError(
-        f"no path to node {name!r}: sink {sink} needs bytes from other nodes, but reaches 0 of its nics",
-        hint="give its group a nic that this GPU reaches",
-    )

@@ -25,8 +25,8 @@ LATE = 1.002
 """A NIC is late if it carries more than this many times what the busiest one has to."""
 MAX_SWEEPS = 12
 """Pieces are placed again at most so many times, fewer where there are many."""
-STEEPNESS = 7
-"""Loads are summed up to the power of one more than this, so that the highest counts most."""
+MAX_PLACED = 4 * MAX_PIECES
+"""About as many pieces are placed again in all."""
 
 
 class _Ways(NamedTuple):
@@ -34,6 +34,18 @@ class _Ways(NamedTuple):
 
     parts: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
+
+
+def steep(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Levels to the power of 31: what they cost more by, so that the highest counts most.
+
+    Products are the same bits on every machine; a library's power function is not.
+    """
+    out = power = levels
+    for _ in range(4):
+        power = power * power
+        out = out * power
+    return out
 
 
 @dataclass(eq=False, slots=True)
@@ -109,14 +121,15 @@ class Stripes:
         ways, way = piece.ways, 0
         if len(ways.parts) > 1:
             after = self.level[ways.parts] + ways.costs * piece.nbytes
-            way = int(np.argmin((ways.costs * after**STEEPNESS).sum(axis=1)))
+            # One after the other: the order of a vectorised sum, and so its last bit, is the library's choice.
+            way = int(np.argmin(np.cumsum(ways.costs * steep(after), axis=1)[:, -1]))
         piece.way = way
         self._add(ways, way, piece.nbytes)
 
     def _settle(self, pieces: Sequence[_Piece]) -> None:
         """Place pieces again, now that all others are there, for as long as something is late and that helps."""
         top = float(self.level.max(initial=0.0))
-        for _ in range(min(MAX_SWEEPS, MAX_PIECES // max(1, len(pieces)))):
+        for _ in range(min(MAX_SWEEPS, MAX_PLACED // max(1, len(pieces)))):
             if top <= LATE:
                 return
             for piece in pieces:

@@ -59,11 +59,14 @@ class Preset:
 
     def build(self) -> tuple[SourceManifest, SinkManifest, Cluster, PlanOptions]:
         """Both manifests, the cluster, and how to plan."""
-        from wsync.describe import describe_sink, describe_source, load_model
+        from wsync.describe import describe_sink, describe_source, load_model, positions
 
         model = load_model(self.model)
-        source = describe_source(model, self.trainer_layout, self._hosts(self.trainers))
-        sink = describe_sink(model, self.engine_layout, self._hosts(self.engines), self.recipe)
+        trainers, engines = self._hosts(self.trainers), self._hosts(self.engines)
+        # Ranks on one group share its GPUs, one of each side on every GPU.
+        gpus = (positions(trainers), positions(engines)) if self.trainers == self.engines else (None, None)
+        source = describe_source(model, self.trainer_layout, trainers, gpus=gpus[0])
+        sink = describe_sink(model, self.engine_layout, engines, self.recipe, gpus[1])
         return source, sink, self.cluster, self.options
 
     def _hosts(self, name: str) -> list[str]:

@@ -1,0 +1,55 @@
+"""How many buckets a flow has and what packing it costs, counted once for all plans that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from wsync.plan.flows import Entry, Flow
+from wsync.plan.packing import BucketCounter
+from wsync.plan.parts import PlanClass
+from wsync.spec.dtypes import itemsize
+
+
+class FlowSize(NamedTuple):
+    """Of one flow: its buckets, and the bytes that packing it reads and writes."""
+
+    num_buckets: int
+    packed_bytes: int
+
+
+class FlowSizes:
+    """Counts the flows of some classes of tensors. A patch of a plan keeps most flows, and these are not counted again.
+
+    Args:
+        classes: of tensors.
+        packed_bytes: of each unit of each class.
+        bucket_bytes: size of a bucket.
+    """
+
+    def __init__(self, classes: Sequence[PlanClass], packed_bytes: Sequence[Sequence[int]], bucket_bytes: int) -> None:
+        self._classes = classes
+        self._packed = packed_bytes
+        self._elem_bytes = [[itemsize(cls.parts[u.part].dtype) for u in cls.units] for cls in classes]
+        self._counter = BucketCounter(bucket_bytes)
+        # Entries are kept: an id is one object's.
+        self._known: dict[int, tuple[tuple[Entry, ...], FlowSize]] = {}
+
+    def of(self, flows: Iterable[Flow]) -> list[FlowSize]:
+        """The sizes of all flows of a plan."""
+        found: dict[int, tuple[tuple[Entry, ...], FlowSize]] = {}
+        out = []
+        for flow in flows:
+            key = id(flow.entries)
+            entry = found[key] = self._known.get(key) or (flow.entries, self._count(flow.entries))
+            out.append(entry[1])
+        self._known = found
+        return out
+
+    def _count(self, entries: tuple[Entry, ...]) -> FlowSize:
+        at, packed = (0, 0), 0
+        for class_idx, unit_idx, count in ((e.class_idx, e.unit_idx, e.end - e.first) for e in entries):
+            unit = self._classes[class_idx].units[unit_idx]
+            at = self._counter.add(at, unit.box, self._elem_bytes[class_idx][unit_idx], unit.step, count)
+            packed += self._packed[class_idx][unit_idx] * count
+        return FlowSize(at[0] + (at[1] > 0), packed)
