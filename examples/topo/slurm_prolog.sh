@@ -5,7 +5,9 @@
 #   slurm.conf:  Prolog=/etc/slurm/prolog.d/*.sh   PrologFlags=Alloc
 #
 # Slurm runs prologs without a PATH, drains the node of one that fails, and forbids scontrol in it. The reason stands in
-# slurmd's log. Nothing but a found fault drains: neither a missing wsync, nor a hang, nor an input that cannot be read.
+# slurmd's log. A found fault drains, and so does a call of the driver that does not return: that is a CRIT finding (the
+# job's own calls would hang, too), found within 30 s (--timeout). Nothing else drains: neither a missing wsync, nor a
+# check that gives no answer in 60 s, nor an input that cannot be read.
 # Source: https://slurm.schedmd.com/prolog_epilog.html
 #
 # WSYNC_BIN           folder of the wsync command

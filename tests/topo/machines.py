@@ -317,6 +317,10 @@ def gpu_bus(box: Box, gpu: int) -> str:
     return bus(box.gpus[gpu].socket, 3 + gpu * 5)
 
 
+def nic_bus(box: Box, nic: int) -> str:
+    return bus(box.nics[nic].socket, 0x50 + nic)
+
+
 SPEED = {3: "8.0", 4: "16.0", 5: "32.0", 6: "64.0"}
 
 
@@ -401,9 +405,8 @@ def _xml_gpu(box: Box, gpu: int, speed: str, first_rank: int) -> list[str]:
 def _xml_nic(box: Box, device: int, speed: str) -> list[str]:
     nic = device - len(box.gpus)
     rate = box.nic_gbit[nic] if box.nic_gbit else 200
-    place = box.nics[nic]
     return [
-        f'      <pci busid="{bus(place.socket, 0x38 + nic)}" class="0x020000" link_speed="{speed}" link_width="16">',
+        f'      <pci busid="{nic_bus(box, nic)}" class="0x020000" link_speed="{speed}" link_width="16">',
         f'        <nic><net name="mlx5_{nic}" dev="{nic}" speed="{rate}000" port="1" guid="0x{nic}" gdr="1"/></nic>',
         "      </pci>",
     ]

@@ -10,10 +10,13 @@ import msgspec
 import pytest
 
 from wsync.cli.main import main
+from wsync.describe import describe_sink, describe_source, load_model
 from wsync.errors import ConfigError, FormatVersionError
+from wsync.plan import encode_plan, make_plan
 from wsync.plan.timing import LinkLoad
 from wsync.session.messages import RankStamps, Stamp
 from wsync.session.report import PublishReport
+from wsync.spec.serde import FORMAT_VERSION
 from wsync.topo.achieved import Prediction, compare_run, decode_prediction, decode_runs
 
 RECORD = Path(__file__).parents[2] / "bench" / "records" / "e2e_qwen3_0.6b.json"
@@ -153,6 +156,21 @@ def test_a_prediction_without_layouts_has_its_senders_as_the_only_link(tmp_path)
     assert [link.name for link in found.links] == ["NICs that the senders reach"]
 
 
+def test_an_encoded_plan_predicts_too_though_not_link_by_link(tmp_path, capsys):
+    model = load_model("Qwen3-0.6B")
+    sides = describe_source(model, "fsdp=2", ["a"] * 2), describe_sink(model, "tp=2", ["b"] * 2, "bf16")
+    plan = make_plan(*sides)
+    path, told = tmp_path / "plan.bin", tmp_path / "report.json"
+    path.write_bytes(encode_plan(plan))
+    for times, status in ((1.0, 0), (3.0, 1)):
+        good = report(times * plan.time_s, pack_s=0.0, install_s=0.0, nbytes=plan.wire_bytes)
+        told.write_bytes(msgspec.json.encode(good))
+        assert main(["topo", "achieved", str(told), "--plan", str(path), "--json"]) == status
+        (found,) = json.loads(capsys.readouterr().out)
+        assert found["predicted_s"] == pytest.approx(plan.time_s)
+        assert [link["name"] for link in found["links"]] == ["all of it (host memory of node b)"]
+
+
 def test_what_is_no_report_is_named(plan, tmp_path):
     for data, message in ((b"{", "truncated"), (b"[]", "JSON of a list"), (b"{}", "no report of a publish")):
         with pytest.raises(ConfigError, match=message):
@@ -161,6 +179,11 @@ def test_what_is_no_report_is_named(plan, tmp_path):
         decode_prediction(b'{"format_version": 9}', "p")
     with pytest.raises(ConfigError, match="not what `wsync topo plan --json` writes"):
         decode_prediction(b'{"format_version": 1}', "p")
-    assert main(["topo", "achieved", str(tmp_path / "no"), "--plan", str(plan)]) == 2
+    for data in (b"", b"[]", b"GPU0 GPU1", msgspec.msgpack.encode({"format_version": FORMAT_VERSION})):
+        with pytest.raises(ConfigError, match="p is neither what `wsync topo plan --json` writes nor an encoded plan"):
+            decode_prediction(data, "p")
+    with pytest.raises(FormatVersionError):
+        decode_prediction(msgspec.msgpack.encode({"format_version": 99}), "p")
+    assert main(["topo", "achieved", str(tmp_path / "no"), "--plan", str(plan)]) == 3
     with pytest.raises(ConfigError, match="moved 0 bytes"):
         compare_run(run_of(report(1.0, nbytes=0)), PREDICTION)

@@ -181,6 +181,28 @@ def test_what_was_saved_live_gets_the_same_verdict(command, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == direct
 
 
+def test_advice_and_golden_files_are_of_this_machine_where_no_file_is_given(command, tmp_path, capsys):
+    golden, saved = str(tmp_path / "golden.json"), str(tmp_path / "saved.json")
+    assert command(m.h100(), "golden", "save", "--output", golden) == 0
+    assert command(m.h100(), "save", "--host", "n1", "--output", saved) == 0
+    assert main(["topo", "golden", "check", golden, saved]) == 0
+    assert main(["topo", "golden", "diff", golden, saved]) == 0
+    capsys.readouterr()
+    assert command(m.h100(), "advise", "--host", "n1", "--json") == 0
+    live = json.loads(capsys.readouterr().out)
+    assert main(["topo", "advise", saved, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == live
+    assert {a["name"] for a in live[0]["advice"]} == {"NCCL_IB_HCA"}
+
+
+def test_no_golden_file_is_made_of_a_machine_that_was_not_read_to_the_end(command, tmp_path, capsys):
+    golden = tmp_path / "golden.json"
+    faults = fake.Faults(crash=("nvmlDeviceGetNvLinkRemotePciInfo_v2", 5, -1))
+    assert command(m.h100(), "golden", "save", "--output", str(golden), faults=faults) == 2
+    assert not golden.exists()
+    assert "error: " in capsys.readouterr().err
+
+
 def test_without_a_driver_the_exit_status_is_unknown_and_files_are_judged(command, tmp_path, capsys):
     faults = fake.Faults(no_binding=True)
     assert command(m.h100(), "check", faults=faults) == 3

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_nvml as fake
 import machines as m
+import msgspec
 import pytest
+from live_rig import options, sysfs_of
 
 FOLDER = Path(__file__).parents[2] / "examples" / "topo"
 ROOT = FOLDER.parents[1]
@@ -87,6 +90,38 @@ def test_the_prolog_lets_jobs_run_where_wsync_is_missing_or_broken(tmp_path):
         folder.mkdir(parents=True)
         put(folder / "wsync", line)
         assert prolog(tmp_path, WSYNC_BIN=str(folder)).returncode == 0
+
+
+LIVE = """import sys
+import msgspec
+from wsync.cli.main import main
+from wsync.cli.topo import inputs
+from wsync.topo.live import LiveOptions
+inputs.LIVE = msgspec.json.decode({options!r}, type=LiveOptions)
+sys.exit(main([*sys.argv[1:], "--root", inputs.LIVE.root, "--timeout", "6"]))
+"""
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("faults", "status", "words"),
+    [
+        (fake.Faults(), 0, "TOPO OK"),
+        (fake.Faults(hang=("nvmlDeviceGetNvLinkState", 5, 7)), 1, "GPU5"),
+        (fake.Faults(hang=("nvmlInitWithFlags", -1, -1)), 1, "probe.hang"),
+        (fake.Faults(refuse={"nvmlInitWithFlags": 9}), 0, "TOPO UNKNOWN"),
+    ],
+    ids=["well", "a link's call hangs", "the driver does not start", "no driver"],
+)
+def test_the_prolog_drains_where_a_call_of_the_driver_hangs(tmp_path, faults, status, words):
+    folder, root = tmp_path / "bin", tmp_path / "root"
+    folder.mkdir()
+    made = msgspec.json.encode(options(fake.of_box(m.h100()), sysfs_of(m.h100(), root), faults))
+    (folder / "live.py").write_text(LIVE.format(options=made))
+    put(folder / "wsync", f'exec "{sys.executable}" "{folder / "live.py"}" "$@"')
+    done = prolog(tmp_path, WSYNC_BIN=str(folder))
+    assert (done.returncode, words in done.stderr) == (status, True), done.stderr
 
 
 # ---- node-problem-detector

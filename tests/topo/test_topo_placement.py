@@ -179,6 +179,10 @@ def test_the_command_plans_and_writes_the_cluster_file(saved, tmp_path, capsys):
     assert main(["topo", "plan", saved, "--plan", str(encoded), "--engine-nodes", "2", "--json", "-"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["plan"]["links"] == found["plan"]["links"]
+    for data, message in ((b'{"format_version": 1}', "is no encoded plan"), (b"", "is no encoded plan")):
+        encoded.with_suffix(".json").write_bytes(data)
+        assert main(["topo", "plan", saved, "--plan", str(encoded.with_suffix(".json"))]) == 2
+        assert message in capsys.readouterr().err
     assert main(["topo", "plan", saved, "--plan", str(encoded)]) == 2
     assert "the plan has 16 engine ranks, 1 nodes of 8 GPUs have room for 8" in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ import msgspec
 
 from wsync.errors import ConfigError, FormatVersionError
 from wsync.plan.timing import LinkLoad
+from wsync.topo.placement_plan import read_plan
 from wsync.topo.placement_rates import SOFTWARE_SHARE
 
 ACHIEVED_VERSION = 1
@@ -237,12 +238,16 @@ def decode_runs(data: bytes, name: str) -> tuple[Run, ...]:
 
 
 def decode_prediction(data: bytes, name: str) -> Prediction:
-    """What ``wsync topo plan --json`` wrote; without layouts its senders are the only link.
+    """What ``wsync topo plan --json`` wrote, or an encoded plan.
+
+    Without layouts the senders are the only link; of an encoded plan, which knows no rates, everything together is.
 
     Raises:
         FormatVersionError: of another version.
-        ConfigError: not JSON, or something else.
+        ConfigError: truncated, or something else.
     """
+    if data.lstrip()[:1] != b"{":
+        return _of_plan(data, name)
     value = _json(data, name)
     if value.get("format_version") != PLAN_VERSION:
         got = value.get("format_version")
@@ -255,6 +260,18 @@ def decode_prediction(data: bytes, name: str) -> Prediction:
         return found.plan
     now = found.placement.now
     return Prediction(now.time_s, found.nbytes, (LinkLoad(now.slowest, found.nbytes, now.time_s),))
+
+
+def _of_plan(data: bytes, name: str) -> Prediction:
+    try:
+        plan = read_plan(data, name)
+    except ConfigError as e:
+        raise ConfigError(
+            f"{name} is neither what `wsync topo plan --json` writes nor an encoded plan",
+            hint="`wsync topo plan --json FILE` writes one with rates link by link, `wsync plan -o FILE` the other",
+        ) from e
+    nbytes = plan.wire_bytes
+    return Prediction(plan.time_s, nbytes, (LinkLoad(f"all of it ({plan.binding_cut})", nbytes, plan.time_s),))
 
 
 class _Report(msgspec.Struct, frozen=True):

@@ -25,12 +25,6 @@ from wsync.topo.parse.text import MAX_INPUT_BYTES, bus_id, decode
 from wsync.topo.parse.xml_tree import Node, parse_xml
 from wsync.topo.roots import find_roots
 
-SPEEDS = frozenset(
-    ("2.5 GT/s", "5 GT/s", "8 GT/s", "16 GT/s", "32 GT/s", "2.5 GT/s PCIe", "5.0 GT/s PCIe", "8.0 GT/s PCIe",
-     "16.0 GT/s PCIe", "32.0 GT/s PCIe", "64.0 GT/s PCIe")
-)  # fmt: skip
-"""``kvDictPciGen``: NCCL takes any other text for Gen3."""
-
 TAGS = frozenset(("system", "cpu", "pci", "gpu", "nvlink", "c2c", "pcilink", "nic", "net"))
 GPU_CLASS = "0x03"
 VIRTUAL_BUS = "ffff:"
@@ -102,7 +96,7 @@ def lint_document(
         sysfs: root of the host's sysfs, or None.
     """
     found = [f for m in document.machines for f in _checks(m)]
-    for rule in (_version, _tags, _hosts, _speeds, _duplicates, _targets, _masks):
+    for rule in (_version, _tags, _hosts, _duplicates, _targets, _masks):
         found += rule(document)
     if machine is not None:
         found += _against_machine(document, machine)
@@ -158,23 +152,6 @@ def _hosts(document: TopologyFile) -> Iterator[Finding]:
             "one host: NCCL_TOPO_DUMP_FILE of an NVLink domain holds all, NCCL_TOPO_FILE may hold one",
             "keep the <cpu> elements of one host",
         )
-
-
-def _speeds(document: TopologyFile) -> Iterator[Finding]:
-    """Texts that the parser takes for a speed and NCCL does not."""
-    told = {o.text for m in document.machines for o in m.oddities if o.kind == "speed-unknown"}
-    for bus, nodes in document.devices.items():
-        for node in nodes:
-            text = node.get("link_speed")
-            if text and text not in SPEEDS and f'link_speed="{text[:40]}"' not in told:
-                yield document.finding(
-                    "lint.speed-unknown",
-                    "WARN",
-                    (bus,),
-                    f'link_speed="{text[:40]}", line {node.line}',
-                    "32.0 GT/s PCIe or 16 GT/s",
-                    "NCCL takes any other text for Gen3",
-                )
 
 
 def _duplicates(document: TopologyFile) -> Iterator[Finding]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from wsync.errors import ConfigError
-from wsync.plan import Plan, make_plan
+from wsync.errors import ConfigError, FormatVersionError, WireError
+from wsync.plan import Plan, decode_plan, make_plan
 from wsync.plan.nodes import Nodes, find_nodes, nodes_of
 from wsync.plan.timing import LinkLoad, Times, plan_times
 from wsync.spec.cluster import Cluster, NodeGroup
@@ -23,7 +23,7 @@ class Planned(msgspec.Struct, frozen=True):
     Attributes:
         time_s: predicted.
         lower_bound_s: that no plan can beat.
-        wire_bytes: that trainer ranks send.
+        wire_bytes: that trainer ranks send, without padding, as reports of a publish count them.
         bound: the cut that the lower bound is of.
         links: what parts of the cluster carry, the busiest first; all of them.
     """
@@ -33,6 +33,21 @@ class Planned(msgspec.Struct, frozen=True):
     bound: str
     wire_bytes: int
     links: tuple[LinkLoad, ...]
+
+
+def read_plan(data: bytes, name: str) -> Plan:
+    """An encoded plan.
+
+    Raises:
+        FormatVersionError: written by another version of wsync.
+        ConfigError: truncated, or something else.
+    """
+    try:
+        return decode_plan(data)
+    except FormatVersionError:
+        raise
+    except WireError as e:
+        raise ConfigError(f"{name} is no encoded plan: {e.message}", hint="`wsync plan -o` writes one") from e
 
 
 def plan_on(source: SourceManifest, sink: SinkManifest, cluster: Cluster) -> Planned:
@@ -72,5 +87,4 @@ def _fill(group: NodeGroup, num_ranks: int, side: str) -> list[str]:
 
 
 def _judge(plan: Plan, times: Times) -> Planned:
-    wire = sum(f.wire_bytes for f in plan.flows)
-    return Planned(times.time_s, plan.lower_bound_s, plan.binding_cut, wire, times.loads)
+    return Planned(times.time_s, plan.lower_bound_s, plan.binding_cut, plan.wire_bytes, times.loads)

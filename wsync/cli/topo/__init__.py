@@ -13,7 +13,8 @@ def add_parser(commands: Any) -> None:
     """Add ``topo`` with its subcommands."""
     parser = commands.add_parser(
         "topo",
-        help="check what links this machine's GPUs and NICs, from what tools print of it",
+        help="check what links GPUs and NICs, of this machine or from what tools print of others",
+        description="What links GPUs and NICs, and what that means for a sync. Guide: docs/guides/topo.md.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import check_writable, stdout_console, write_json
-from wsync.cli.topo.exits import exit_of
+from wsync.cli.output import stdout_console
+from wsync.cli.topo.inputs import read_file
+from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_verdict
 from wsync.errors import ConfigError
 from wsync.topo.achieved import Achieved, compare_run, decode_prediction, decode_runs
+from wsync.topo.findings import Severity
 
 
 def add_parser(commands: Any) -> None:
@@ -21,38 +23,33 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "report", metavar="REPORT", help="a PublishReport as JSON, or what `wsync bench e2e --json` wrote"
     )
-    parser.add_argument("--plan", metavar="FILE", required=True, help="what `wsync topo plan --json FILE` wrote")
     parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="write the comparison as JSON (-: to stdout)"
+        "--plan", metavar="FILE", required=True, help="what `wsync topo plan --json FILE` wrote, or an encoded plan"
     )
+    add_judging_arguments(parser, "comparison")
     parser.set_defaults(run=run_achieved)
 
 
 def run_achieved(args: argparse.Namespace) -> int:
-    """Print the comparison of each publish; OK is 0, less than 90 % of the predicted rate 1.
+    """Print the comparison of each publish and return the exit status; less than 90 % of the predicted rate is WARN."""
+    return run_judged(args, lambda: _compare(args), _severities, _print_all)
 
-    Raises:
-        WsyncError: a file cannot be read, or is something else.
-    """
-    check_writable(args.json, "--json")
-    prediction = decode_prediction(_read(args.plan), Path(args.plan).name)
-    runs = decode_runs(_read(args.report), Path(args.report).name)
+
+def _compare(args: argparse.Namespace) -> list[Achieved]:
+    prediction = decode_prediction(read_file(args.plan), Path(args.plan).name)
+    runs = decode_runs(read_file(args.report), Path(args.report).name)
     if not runs:
         raise ConfigError(f"{args.report} has no publish of wsync")
-    found = [compare_run(run, prediction) for run in runs]
-    if args.json:
-        write_json(found, args.json)
-    if args.json != "-":
-        for one in found:
-            _print(one)
-    return exit_of("WARN" if any(one.verdict == "WARN" for one in found) else "OK")
+    return [compare_run(run, prediction) for run in runs]
 
 
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+def _severities(found: list[Achieved]) -> list[Severity]:
+    return ["WARN" for one in found if one.verdict == "WARN"]
+
+
+def _print_all(found: list[Achieved]) -> None:
+    for one in found:
+        _print(one)
 
 
 def _print(one: Achieved) -> None:

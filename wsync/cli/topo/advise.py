@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from wsync.cli.output import EXIT_OK, check_writable, stderr_console, stdout_console, write_json
-from wsync.cli.topo.inputs import add_arguments, read_inputs
+from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.errors import ConfigError
 from wsync.topo.advise import Advised, advise
 
@@ -39,7 +39,7 @@ def run_advise(args: argparse.Namespace) -> int:
         ConfigError: an input cannot be read, or ``--export`` for several hosts that need different variables.
     """
     check_writable(args.json, "--json")
-    topology = read_inputs(args.inputs, args.host)
+    topology = read_inputs(args.inputs, args.host, live_options(args))
     for gap in (g for m in topology.machines for g in m.gaps if g.fatal):
         raise ConfigError(gap.what)
     if not topology.machines:

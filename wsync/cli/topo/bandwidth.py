@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import check_writable, print_error, stdout_console, write_json
-from wsync.cli.topo.exits import exit_of
+from wsync.cli.output import stdout_console
+from wsync.cli.topo.inputs import read_file
+from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.cli.topo.table import STYLES
-from wsync.errors import ConfigError
 from wsync.topo.bandwidth import MODELS, BandwidthReport, judge_tables
 from wsync.topo.bandwidth_parse import Table, parse_tables
 from wsync.topo.parse.text import MAX_INPUT_BYTES
@@ -23,33 +23,21 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="output of nccl-tests, nvbandwidth or nvloom")
     parser.add_argument("--gpu", metavar="MODEL", choices=MODELS, help=f"model of the GPUs: {', '.join(MODELS)}")
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the report as JSON (-: to stdout)")
+    add_judging_arguments(parser)
     parser.set_defaults(run=run_import)
 
 
 def run_import(args: argparse.Namespace) -> int:
     """Print a line for each rate, then findings; return the verdict's exit status."""
-    check_writable(args.json, "--json")
-    try:
-        tables = [t for f in args.files for t in _read(f)]
-        report = judge_tables(tables, args.gpu)
-    except ConfigError as e:
-        print_error(e)
-        return exit_of("UNKNOWN")
-    if args.json:
-        write_json(report, args.json)
-    if args.json != "-":
-        _print(report)
-    return exit_of(report.verdict)
+    return run_judged(args, lambda: _judge(args), lambda report: [f.severity for f in report.findings], _print)
+
+
+def _judge(args: argparse.Namespace) -> BandwidthReport:
+    return judge_tables([t for f in args.files for t in _read(f)], args.gpu)
 
 
 def _read(path: str) -> tuple[Table, ...]:
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_INPUT_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
-    return parse_tables(data, Path(path).name)
+    return parse_tables(read_file(path, MAX_INPUT_BYTES + 1), Path(path).name)
 
 
 def _print(report: BandwidthReport) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import traceback
 from typing import Any
 
 from wsync.cli.topo.exits import add_exit_arguments, counted_verdict, exit_of
 from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
+from wsync.cli.topo.judged import judge_or_none, status_of
 from wsync.cli.topo.outputs import add_output_arguments, check_outputs, print_unjudged, write_outputs
-from wsync.errors import ConfigError
-from wsync.topo.report import check_topology
+from wsync.topo.model import Topology
+from wsync.topo.report import Report, check_topology
 
 
 def add_parser(commands: Any) -> None:
@@ -27,21 +27,15 @@ def add_parser(commands: Any) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Print the report and return the verdict's exit status; what cannot be judged at all is UNKNOWN."""
-    try:
-        check_outputs(args)
-        topology = read_inputs(args.inputs, args.host, live_options(args))
-        report = check_topology(topology, args.platform)
-    except ConfigError as e:
-        print_unjudged(e, args)
+    judged = judge_or_none(args, lambda: _judge(args), lambda e: print_unjudged(e, args))
+    if judged is None:
         return exit_of("UNKNOWN", args.exit_style)
-    except Exception as e:
-        # A mistake of ours says nothing of the machine: Python's status 1 would read WARN, and drain it in a prolog.
-        if args.debug:
-            raise
-        traceback.print_exc()
-        print_unjudged(ConfigError(f"wsync failed: {type(e).__name__}: {e}", hint="please report it"), args)
-        return exit_of("UNKNOWN", args.exit_style)
-    verdict = counted_verdict(report, args.exit_style, args.fail_on)
-    written = write_outputs(report, topology, args, verdict)
-    # A fault stays one where a file cannot be written; that all is well is not known by who reads the file.
-    return exit_of(verdict if written or verdict != "OK" else "UNKNOWN", args.exit_style)
+    topology, report = judged
+    verdict = counted_verdict([f.severity for f in report.all_findings()], args.exit_style, args.fail_on)
+    return status_of(args, verdict, write_outputs(report, topology, args, verdict))
+
+
+def _judge(args: argparse.Namespace) -> tuple[Topology, Report]:
+    check_outputs(args)
+    topology = read_inputs(args.inputs, args.host, live_options(args))
+    return topology, check_topology(topology, args.platform)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wsync.cli.output import check_writable, print_error, stdout_console, write_json
-from wsync.cli.topo.exits import exit_of
+from wsync.cli.output import stdout_console
 from wsync.cli.topo.hosts import read_hosts
+from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.errors import ConfigError
 from wsync.topo.compare import Comparison, compare
+from wsync.topo.model import Machine
 
 
 def add_parser(commands: Any) -> None:
@@ -19,28 +20,23 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="FILE|FOLDER", help="of one host each: what `wsync topo save` wrote, or its files"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", nargs="?", const="-", help="write the comparison as JSON (-: to stdout)"
-    )
+    add_judging_arguments(parser, "comparison")
     parser.set_defaults(run=run_compare)
 
 
 def run_compare(args: argparse.Namespace) -> int:
     """Print groups and outliers, and return the verdict's exit status."""
-    check_writable(args.json, "--json")
-    try:
-        machines = read_hosts(args.inputs)
+    machines: list[Machine] = []
+
+    def judge() -> Comparison:
+        machines.extend(read_hosts(args.inputs))
         if len(machines) < 2:
             raise ConfigError(f"compare needs at least 2 hosts, got {len(machines)}")
-        found = compare(machines)
-    except ConfigError as e:
-        print_error(e)
-        return exit_of("UNKNOWN")
-    if args.json:
-        write_json(found, args.json)
-    if args.json != "-":
-        _print(found, len(machines))
-    return exit_of(found.verdict)
+        return compare(machines)
+
+    return run_judged(
+        args, judge, lambda found: [f.severity for f in found.findings], lambda found: _print(found, len(machines))
+    )
 
 
 def _print(found: Comparison, num_hosts: int) -> None:

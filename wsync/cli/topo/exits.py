@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from wsync.topo.findings import Severity, Verdict
 from wsync.topo.render.summary import verdict_from
-from wsync.topo.report import Report
 
 NAGIOS: dict[Verdict, int] = {"OK": 0, "WARN": 1, "CRIT": 2, "UNKNOWN": 3}
 """Source: Monitoring Plugins Development Guidelines, plugin return codes."""
@@ -23,13 +22,19 @@ STYLES: dict[str, dict[Verdict, int]] = {
 FAIL_ON: dict[str, Severity] = {"info": "INFO", "warn": "WARN", "crit": "CRIT"}
 DEFAULT_FAIL_ON = {"nagios": "warn", "npd": "warn", "prolog": "crit", "strict": "warn"}
 
-EPILOG = """exit status of check and of wrong arguments, by --exit-style:
+NO_VERDICT = ("save", "golden save", "plan", "advise")
+"""Commands that judge nothing; their exit statuses are those of other commands."""
+
+EPILOG = """exit status of check, compare, golden check and diff, lint, import-bandwidth and
+achieved, and of wrong arguments of theirs, by --exit-style:
                                       nagios  npd  prolog  strict
   OK       nothing above INFO              0    0       0       0
   WARN                                     1    1       0       1
   CRIT                                     2    1       1       1
   UNKNOWN  an input cannot be read, too    3    2       0       1
-           much is missing, wrong arguments"""
+           much is missing, wrong arguments
+
+save, golden save, plan and advise judge nothing: 0 done, 2 wrong arguments or inputs"""
 
 
 def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,18 +59,20 @@ def exit_of(verdict: Verdict, style: str = "nagios") -> int:
     return STYLES[style][verdict]
 
 
-def counted_verdict(report: Report, style: str, fail_on: str | None) -> Verdict:
+def counted_verdict(severities: Iterable[Severity], style: str, fail_on: str | None) -> Verdict:
     """The verdict of what counts under ``--fail-on``, or by the style's default."""
-    return verdict_from(report, FAIL_ON[fail_on or DEFAULT_FAIL_ON[style]])
+    return verdict_from(severities, FAIL_ON[fail_on or DEFAULT_FAIL_ON[style]])
 
 
 def usage_status(argv: Sequence[str]) -> int | None:
-    """Exit status of wrong arguments of ``wsync topo``: UNKNOWN, as argparse's 2 reads CRIT; None for other commands.
+    """Exit status of wrong arguments of ``wsync topo``: UNKNOWN, as argparse's 2 reads CRIT.
+
+    None for other commands, and for those that judge nothing.
 
     The style is looked for in the arguments as they stand, since they could not be parsed.
     """
     words = [a for a in argv if not a.startswith("-")]
-    if not words or words[0] != "topo":
+    if words[:1] != ["topo"] or {" ".join(words[1:2]), " ".join(words[1:3])} & set(NO_VERDICT):
         return None
     style = "nagios"
     for option, value in zip(argv, [*argv[1:], ""], strict=True):

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lspci, ibstatus and other host files; what `wsync topo save` wrote. Files are of one machine and are merged; "
         "a folder holds those of one machine and gives it its name. Without any, this machine is read",
     )
-    parser.add_argument("--host", metavar="NAME", help="name of the machine that the files are of")
+    parser.add_argument("--host", metavar="NAME", help="name of the machine, where no input tells it")
     parser.add_argument("--live", action="store_true", help="read this machine, too; files are of it and are merged")
     parser.add_argument(
         "--timeout",
@@ -73,6 +73,19 @@ def read_inputs(inputs: list[str], host: str | None, live: LiveOptions | None = 
             raise ConfigError(f"folder {str(folder)!r} has no files")
         machines += read_files(members, folder.resolve().name).machines
     return Topology(tuple(machines))
+
+
+def read_file(path: str, max_bytes: int = -1) -> bytes:
+    """The file's first ``max_bytes`` bytes; all of them for -1.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(max_bytes)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _read_live(live: LiveOptions, host: str | None, alone: bool) -> Machine:

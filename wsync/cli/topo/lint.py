@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import check_writable, print_error, write_json
-from wsync.cli.topo.exits import exit_of
-from wsync.cli.topo.inputs import read_inputs
+from wsync.cli.topo.inputs import read_file, read_inputs
+from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.errors import ConfigError
 from wsync.topo.findings import worst
@@ -38,24 +37,18 @@ def add_parser(commands: Any) -> None:
         help="what the host's own tools say of it: bus ids and devices that it lacks are findings; may be repeated",
     )
     parser.add_argument("--sysfs", metavar="DIR", help="root of this host's sysfs (/sys), to look for the bus ids")
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the report as JSON (-: to stdout)")
+    add_judging_arguments(parser)
     parser.set_defaults(run=run_lint)
 
 
 def run_lint(args: argparse.Namespace) -> int:
     """Print the findings and return the verdict's exit status; what cannot be read is UNKNOWN."""
-    check_writable(args.json, "--json")
-    try:
-        report = _lint(args)
-    except ConfigError as e:
-        print_error(e)
-        return exit_of("UNKNOWN")
-    if args.json:
-        write_json(report, args.json)
-    if args.json != "-":
-        print_verdict(report.verdict, ", ".join(report.inputs))
-        print_findings(report.findings)
-    return exit_of(report.verdict)
+    return run_judged(args, lambda: _lint(args), lambda report: [f.severity for f in report.findings], _print)
+
+
+def _print(report: LintReport) -> None:
+    print_verdict(report.verdict, ", ".join(report.inputs))
+    print_findings(report.findings)
 
 
 def _lint(args: argparse.Namespace) -> LintReport:
@@ -95,8 +88,4 @@ def _read_machine(inputs: list[str]) -> Machine | None:
 def _read_bytes(target: str) -> tuple[bytes, str]:
     if target == "-":
         return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin"
-    try:
-        with Path(target).open("rb") as file:
-            return file.read(MAX_INPUT_BYTES + 1), Path(target).name
-    except OSError as e:
-        raise ConfigError(f"{target} cannot be read: {e.strerror}") from e
+    return read_file(target, MAX_INPUT_BYTES + 1), Path(target).name

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from wsync.cli.output import print_error, write_json
+from wsync.cli.output import print_error, write_data, write_json
 from wsync.cli.topo.table import print_report
-from wsync.errors import ConfigError
+from wsync.errors import ConfigError, WsyncError
 from wsync.topo.findings import Verdict
 from wsync.topo.model import Topology
 from wsync.topo.render.junit import junit_xml
@@ -98,9 +94,9 @@ def _writers(
     if args.json:
         yield lambda: write_json(report, args.json)
     if args.prometheus:
-        yield lambda: write_whole(args.prometheus, prometheus_text(report, time.time()).encode())
+        yield lambda: write_output(args.prometheus, prometheus_text(report, time.time()).encode())
     if args.junit:
-        yield lambda: write_whole(args.junit, junit_xml(report).encode())
+        yield lambda: write_output(args.junit, junit_xml(report).encode())
     if args.svg or args.png:
         yield lambda: _draw(report, topology, args)
 
@@ -120,43 +116,20 @@ def _draw(report: Report, topology: Topology, args: argparse.Namespace) -> None:
 
     scene = draw_topology(topology, report)
     if args.svg:
-        write_whole(args.svg, svg_text(scene).encode())
+        write_output(args.svg, svg_text(scene).encode())
     if args.png:
         from wsync.topo.render.png import png_bytes
 
-        write_whole(args.png, png_bytes(scene))
+        write_output(args.png, png_bytes(scene))
 
 
-def print_unjudged(error: ConfigError, args: argparse.Namespace) -> None:
+def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
     """Say why there is no report, also where a monitoring system looks for it."""
     print_error(error)
     if args.nagios:
         print(status_text("UNKNOWN", error.message))
 
 
-def write_whole(target: str, data: bytes) -> None:
-    """Replace a file as a whole, so that a reader sees the old or the new one; everyone may read it. ``-`` is stdout.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if target == STDOUT:
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-        return
-    path = Path(target)
-    try:
-        # The collector reads every *.prom of the folder: the unfinished file must not be one.
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as e:
-        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(number, 0o644)
-            os.fsync(number)
-        os.replace(name, path)
-    except OSError as e:
-        Path(name).unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
+def write_output(target: str, data: bytes) -> None:
+    """Write a file that everyone may read, whole; ``-`` is stdout. Raises as `write_data`."""
+    write_data(target, data, 0o644)

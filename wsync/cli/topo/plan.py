@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
 from wsync.cli.topo.hosts import read_hosts
+from wsync.cli.topo.inputs import read_file
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup, check_cluster, dump_cluster
 from wsync.topo.placement import CURVE, Placement, as_collective, own_nics, place_senders
-from wsync.topo.placement_plan import PLACEMENT_VERSION, Planned, plan_on, replay_on
+from wsync.topo.placement_plan import PLACEMENT_VERSION, Planned, plan_on, read_plan, replay_on
 from wsync.topo.to_cluster import PARTS, Converted, Overrides, Rate, to_group
 
 TRAINER, ENGINE = "trainer", "engine"
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME", help="built-in model, config.json or checkpoint, see `wsync describe`")
-    what.add_argument("--plan", metavar="FILE", help="an encoded plan")
+    what.add_argument("--plan", metavar="FILE", help="an encoded plan, as `wsync plan -o` writes it")
     what.add_argument("--bytes", metavar="N", type=float, help="bytes that every engine node needs")
     parser.add_argument("--trainer", metavar="LAYOUT", help="such as fsdp=8; with --engine the planner plans, too")
     parser.add_argument("--engine", metavar="LAYOUT", help="such as tp=8,replicas=2")
@@ -154,9 +154,7 @@ def _plan(
             raise ConfigError(f"--bytes is {args.bytes:g}, allowed is more than 0 and less than 1e16")
         return None, int(args.bytes)
     if args.plan is not None:
-        from wsync.plan import decode_plan
-
-        planned = replay_on(decode_plan(_read(args.plan)), trainer, engine, cluster)
+        planned = replay_on(read_plan(read_file(args.plan), args.plan), trainer, engine, cluster)
         return planned, planned.wire_bytes
     from wsync.describe import describe_sink, describe_source, load_model
 
@@ -170,13 +168,6 @@ def _plan(
 
 def _hosts(group: NodeGroup) -> list[str]:
     return [name for name in group.node_names for _ in range(group.num_gpus)]
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _print(result: TopoPlan) -> None:

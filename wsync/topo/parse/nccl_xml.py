@@ -24,8 +24,11 @@ SWITCH_CLASS = "0x068000"
 CPU_CLASS = "0x068001"
 MAX_LINKS = 1024
 
-KNOWN_SPEEDS = ("2.5 GT/s", "5 GT/s", "8 GT/s", "16 GT/s", "32 GT/s", "64 GT/s")
-"""What NCCL maps, besides the kernel's ``N.N GT/s PCIe``; any other text becomes Gen3 without a word."""
+KNOWN_SPEEDS = frozenset(
+    ("2.5 GT/s", "5 GT/s", "8 GT/s", "16 GT/s", "32 GT/s", "2.5 GT/s PCIe", "5.0 GT/s PCIe", "8.0 GT/s PCIe",
+     "16.0 GT/s PCIe", "32.0 GT/s PCIe", "64.0 GT/s PCIe")
+)  # fmt: skip
+"""``kvDictPciGen`` of NCCL 2.30.7 ``src/graph/topo.cc``; any other text becomes Gen3 without a word."""
 
 
 @dataclass
@@ -146,8 +149,8 @@ def _read_pcie(node: Node, host: _Host, bus: str | None) -> Pcie | None:
     where = bus or f"line {node.line}"
     if text == "":
         host.odd("speed-empty", where, 'link_speed=""')
-    elif text is not None and text not in KNOWN_SPEEDS and re.fullmatch(r"\d+\.\d GT/s PCIe", text) is None:
-        host.odd("speed-unknown", where, f'link_speed="{text[:40]}"')
+    elif text is not None and text not in KNOWN_SPEEDS:
+        host.odd("speed-unknown", where, f'link_speed="{text[:40]}", line {node.line}')
     return Pcie(speed_gtps=speed_gtps(text), width=width)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from wsync.topo.findings import SEVERITY_RANK, Finding, Severity, Verdict
 from wsync.topo.report import Report
@@ -41,18 +42,18 @@ def root_findings(report: Report) -> list[Finding]:
     )
 
 
-def verdict_from(report: Report, least: Severity) -> Verdict:
+def verdict_from(severities: Iterable[Severity], least: Severity) -> Verdict:
     """The verdict where only findings from ``least`` on count; one of ``INFO`` that counts is a WARN.
 
     UNKNOWN always counts where no worse finding does: that something could not be judged is no matter of degree.
     """
-    found = {f.severity for f in report.all_findings()}
+    found = set(severities)
     counted = {s for s in found if SEVERITY_RANK[s] >= SEVERITY_RANK[least]}
     if "CRIT" in counted:
         return "CRIT"
     if "WARN" in counted:
         return "WARN"
-    if "UNKNOWN" in found or not report.machines:
+    if "UNKNOWN" in found:
         return "UNKNOWN"
     return "WARN" if "INFO" in counted else "OK"
 
