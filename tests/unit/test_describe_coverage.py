@@ -158,6 +158,21 @@ def test_tensors_that_are_laid_out_alike_share_their_shards():
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
+        ("pp=2", "give the first and last stage another number with pp_first and pp_last"),
+        ("pp=4,pp_first=5", "choose another pp_first than pp_first=5, or give pp_last, too"),
+        ("pp=4,pp_last=1", "choose another pp_last than pp_last=1, or give pp_first, too"),
+        ("pp=3,pp_first=3,pp_last=2", "choose pp_first=3 and pp_last=2 so that the stages between them"),
+    ],
+)
+def test_the_hint_about_layers_of_stages_is_not_what_was_done_already(layout, said):
+    with pytest.raises(ConfigError) as caught:
+        describe_source(MODELS["qwen3_moe"], layout, ["h"] * trainer_ranks(layout))
+    assert said in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
         ("", "has the part '', which is not key=value"),
         ("tp", "has the part 'tp', which is not key=value"),
         ("tp=2,tp=4", "says tp twice: 2 and 4"),

@@ -129,9 +129,9 @@ def run_describe(args: argparse.Namespace) -> int:
         format_version=FORMAT_VERSION,
         wsync=__version__,
         model=_model_report(model),
-        side=TRAINER if args.trainer else ENGINE if args.engine else None,
-        layout=args.trainer or args.engine,
-        recipe=(args.recipe or "bf16") if args.engine else None,
+        side=TRAINER if args.trainer is not None else ENGINE if args.engine is not None else None,
+        layout=args.engine if args.trainer is None else args.trainer,
+        recipe=(args.recipe or "bf16") if args.engine is not None else None,
         summary=None if manifest is None else summarise(manifest),
         manifest=args.output,
         manifest_bytes=0,
@@ -149,11 +149,11 @@ def run_describe(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.model is None and not args.list:
         raise ConfigError("describe needs a MODEL", hint="wsync describe --list has the built-in ones")
-    if args.output is not None and not (args.trainer or args.engine):
+    if args.output is not None and args.trainer is None and args.engine is None:
         raise ConfigError(f"-o {args.output}: a model alone has no manifest", hint="give --trainer or --engine")
-    if args.recipe is not None and not args.engine:
+    if args.recipe is not None and args.engine is None:
         raise ConfigError(f"--recipe {args.recipe} is for --engine: a trainer's tensors have no recipe")
-    if args.dtype is not None and not args.trainer:
+    if args.dtype is not None and args.trainer is None:
         raise ConfigError(f"--dtype {args.dtype} is for --trainer: the recipe says what an engine holds")
     if args.gpus_per_node < 1:
         raise ConfigError(f"--gpus-per-node is {args.gpus_per_node}, allowed are numbers from 1")
@@ -164,10 +164,10 @@ def _check(args: argparse.Namespace) -> None:
 def _manifest(args: argparse.Namespace, model: ModelShape) -> SourceManifest | SinkManifest | None:
     from wsync.describe import describe_sink, describe_source, engine_ranks, trainer_ranks
 
-    if args.trainer:
+    if args.trainer is not None:
         hosts = _hosts(args, trainer_ranks(args.trainer), "t")
         return describe_source(model, args.trainer, hosts, args.dtype or "bfloat16")
-    if args.engine:
+    if args.engine is not None:
         hosts = _hosts(args, engine_ranks(args.engine), "e")
         return describe_sink(model, args.engine, hosts, args.recipe or "bf16")
     return None

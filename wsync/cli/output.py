@@ -80,5 +80,7 @@ def check_writable(target: str | None, option: str) -> None:
     Raises:
         ConfigError: as `check_file`.
     """
-    if target and target != "-":
+    if target == "":
+        raise ConfigError(f"{option} needs the name of a file, got an empty one")
+    if target is not None and target != "-":
         check_file(target, f"{option} {target}")

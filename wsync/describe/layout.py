@@ -85,7 +85,7 @@ class Degrees:
         text = self.values.get(key)
         if text is None:
             return default
-        if not text.isdecimal() or not least <= int(text) <= MAX_DEGREE:
+        if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= MAX_DEGREE:
             raise ConfigError(
                 f"layout {self.layout!r} has {key}={text}, allowed are whole numbers from {least} to {MAX_DEGREE}"
             )

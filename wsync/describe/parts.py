@@ -29,6 +29,9 @@ LINEAR_QKV, LINEAR_Z, LINEAR_B, LINEAR_A, CONV, LINEAR_OUT, LINEAR_HEAD = (
     "linear_head",
 )
 """Of a gated delta net; `LINEAR_HEAD` is what has one value for each head."""
+COLUMN = frozenset({Q_B, KV_B, GATE, UP, SINKS, LINEAR_Z, LINEAR_B, LINEAR_A, LINEAR_HEAD})
+ROW = frozenset({OUT, DOWN, LINEAR_OUT})
+"""What tensor parallel ranks get equal shares of, by rows and by columns, in Megatron-Core and in vLLM alike."""
 INDEXER = "indexer"
 REPLICATED = "replicated"
 """What every rank of a tensor-parallel group holds whole, by all frameworks' choice."""

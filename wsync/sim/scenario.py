@@ -22,10 +22,12 @@ from wsync.plan.types import PlanOptions
 from wsync.sim.options import SimOptions, check_options, nearest
 from wsync.sim.presets import PRESETS, find_preset
 from wsync.spec.cluster import Cluster, load_cluster
+from wsync.spec.files import read_file
 from wsync.spec.manifest import SinkManifest, SourceManifest
 
 SCENARIO_VERSION = 1
 MAX_FILE_BYTES = 16 << 20
+MAX_PLAN_BYTES = 1 << 30
 
 
 class ScenarioFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,7 +128,7 @@ def _is_path(text: str) -> bool:
 def _load(path: Path) -> Scenario:
     from wsync.spec.manifest_file import load_manifest
 
-    found = decode_scenario(_read(path, "scenario"), f"scenario {str(path)!r}")
+    found = decode_scenario(read_file(path, MAX_FILE_BYTES, "scenario"), f"scenario {str(path)!r}")
     folder = path.parent
     source, sink = load_manifest(folder / found.source), load_manifest(folder / found.sink)
     if not isinstance(source, SourceManifest):
@@ -139,15 +141,8 @@ def _load(path: Path) -> Scenario:
     return Scenario(name, source, sink, cluster, found.plan_options, found.sim_options, (), plan)
 
 
-def _read(path: Path, what: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{what} {str(path)!r} cannot be read: {e.strerror}") from e
-
-
 def _load_plan(path: Path) -> Plan:
-    data = _read(path, "plan")
+    data = read_file(path, MAX_PLAN_BYTES, "plan")
     try:
         return decode_plan(data)
     except FormatVersionError:

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from wsync.errors import ConfigError
-from wsync.spec.files import write_file
+from wsync.spec.files import read_file, write_file
 from wsync.spec.serde import FORMAT_VERSION, check_format
 
 MAX_RATE_GBPS = 1e6
@@ -298,10 +298,7 @@ def encode_cluster(cluster: Cluster) -> bytes:
 
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file. Raises as `decode_cluster`; a file that cannot be read is a `ConfigError`."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"cluster file {str(path)!r} cannot be read: {e.strerror}") from e
+    data = read_file(path, MAX_FILE_BYTES, "cluster file")
     return decode_cluster(data, f"cluster file {str(path)!r}")
 
 

@@ -14,9 +14,9 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from wsync.errors import ConfigError, ManifestError, WireError
+from wsync.errors import ConfigError, ManifestError
 from wsync.spec.box import Box
-from wsync.spec.files import write_file
+from wsync.spec.files import read_file, write_file
 from wsync.spec.manifest import (
     CopySpec,
     RankInfo,
@@ -26,15 +26,19 @@ from wsync.spec.manifest import (
     StorageSpec,
     TensorSpec,
 )
-from wsync.spec.serde import FORMAT_VERSION, check_format, decode, encode
+from wsync.spec.manifest_checks import check_sink, check_source
+from wsync.spec.manifest_rows import check_sink_rows, check_source_rows, decoded
+from wsync.spec.serde import FORMAT_VERSION, check_format, encode
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
 
 SOURCE, SINK = "source", "sink"
 MAX_LINE_BYTES = 4096
-MAX_BODY_BYTES = 1 << 30
-"""Of what is packed; a manifest of any cluster there is has a fiftieth of it."""
+MAX_BODY_BYTES = 64 << 20
+"""Of what is packed: Kimi-K2 has 9 MB on any number of trainer ranks, 11 MB on 32 engine ranks with whole experts and
+54 MB on 16 that cut each expert."""
+MAX_FILE_BYTES = MAX_BODY_BYTES + MAX_LINE_BYTES
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,12 +132,15 @@ def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> 
 
     Raises:
         ConfigError: it cannot be written.
+        ManifestError: it has more than any reader takes.
     """
     kind, body = (
         (SOURCE, encode(_pack_source(manifest)))
         if isinstance(manifest, SourceManifest)
         else (SINK, encode(_pack_sink(manifest)))
     )
+    if len(body) > MAX_BODY_BYTES:
+        raise ManifestError(f"the manifest for {path} has {len(body)} bytes, allowed are {MAX_BODY_BYTES}")
     header = Header(kind, FORMAT_VERSION, len(body), _digest(body))
     data = msgspec.json.encode(header) + b"\n" + zlib.compress(body, 6)
     write_file(path, data)
@@ -148,11 +155,7 @@ def load_manifest(path: str | Path) -> SourceManifest | SinkManifest:
         FormatVersionError: written by another version of wsync.
         ManifestError: truncated, too long, changed, or it refers to what it does not have.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"manifest {str(path)!r} cannot be read: {e.strerror}") from e
-    return decode_manifest(data, str(path))
+    return decode_manifest(read_file(path, MAX_FILE_BYTES, "manifest"), str(path))
 
 
 def load_source(path: str | Path) -> SourceManifest:
@@ -185,17 +188,12 @@ def decode_manifest(data: bytes, name: str = "manifest") -> SourceManifest | Sin
         raise ManifestError(f"{name} says that it has {header.nbytes} bytes, allowed are {MAX_BODY_BYTES}")
     body = _unpacked(data[len(line) + 1 :], header, name)
     if header.wsync_manifest == SOURCE:
-        return _unpack_source(_decoded(body, _Source, name), name)
+        check_source_rows(body, name)
+        return _unpack_source(decoded(body, _Source, name), name)
     if header.wsync_manifest == SINK:
-        return _unpack_sink(_decoded(body, _Sink, name), name)
+        check_sink_rows(body, name)
+        return _unpack_sink(decoded(body, _Sink, name), name)
     raise ManifestError(f"{name} is of the kind {header.wsync_manifest!r}, known are {SOURCE} and {SINK}")
-
-
-def _decoded(body: bytes, kind: type[T], name: str) -> T:
-    try:
-        return decode(body, kind)
-    except WireError as e:
-        raise ManifestError(f"{name} is not what it says it is: {e.message}") from e
 
 
 def _unpacked(packed: bytes, header: Header, name: str) -> bytes:
@@ -230,8 +228,13 @@ def _unpack_source(packed: _Source, name: str) -> SourceManifest:
     if len(packed.shards_of) != len(packed.tensors):
         raise ManifestError(f"{name} has {len(packed.tensors)} tensors, but shards of {len(packed.shards_of)}")
     held = [tuple(_pick(packed.boxes, row, name)) for row in packed.held]
+    for row in packed.shards:
+        if len(row) != len(packed.ranks):
+            raise ManifestError(f"{name} has {len(packed.ranks)} ranks, but shards on {len(row)}")
     shards = [tuple(_pick(held, row, name)) for row in packed.shards]
-    return SourceManifest(packed.ranks, packed.tensors, tuple(_pick(shards, packed.shards_of, name)))
+    source = SourceManifest(packed.ranks, packed.tensors, tuple(_pick(shards, packed.shards_of, name)))
+    check_source(source, name)
+    return source
 
 
 def _pack_sink(manifest: SinkManifest) -> _Sink:
@@ -285,7 +288,9 @@ def _unpack_sink(packed: _Sink, name: str) -> SinkManifest:
     for rank in packed.ranks:
         (memory,) = _pick(memories, (rank.memory,), name)
         ranks.append(SinkRankManifest(rank.replica, rank.rank, rank.world_size, rank.info, *memory))
-    return SinkManifest(tuple(ranks))
+    sink = SinkManifest(tuple(ranks))
+    check_sink(sink, name)
+    return sink
 
 
 _Unpacked = tuple[dict[str, str], tuple[StorageSpec, ...], tuple[CopySpec, ...], tuple[tuple[str, ...], ...]]

@@ -16,6 +16,7 @@ from wsync.describe.engines.storages import Piece, Storages
 from wsync.describe.layout import divided
 from wsync.describe.models.facts import Facts
 from wsync.describe.parts import (
+    COLUMN,
     CONV,
     DOWN,
     EMBEDDING,
@@ -24,21 +25,16 @@ from wsync.describe.parts import (
     HEAD,
     INDEXER,
     KV_A,
-    KV_B,
     LINEAR_A,
     LINEAR_B,
-    LINEAR_HEAD,
-    LINEAR_OUT,
     LINEAR_QKV,
     LINEAR_Z,
     NORM,
     OTHER,
-    OUT,
     Q_A,
-    Q_B,
     REPLICATED,
     ROUTER,
-    SINKS,
+    ROW,
     UP,
     K,
     Part,
@@ -63,8 +59,6 @@ FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Engine's name of a fused projection -> what it is made of, one behind the other."""
 
-_COLUMN = frozenset({Q, Q_B, KV_B, GATE, UP, SINKS, LINEAR_Z, LINEAR_B, LINEAR_A, LINEAR_HEAD})
-_ROW = frozenset({OUT, DOWN, LINEAR_OUT})
 _WHOLE = frozenset({Q_A, KV_A, NORM, ROUTER, REPLICATED, INDEXER})
 
 
@@ -122,9 +116,9 @@ class RankBuilder:
             return [self._kv_heads(tensor)]
         if part.kind in (LINEAR_QKV, CONV):
             return self._linear(whole)
-        if part.kind in _COLUMN:
+        if part.kind == Q or part.kind in COLUMN:
             return [self._share(tensor, whole, 0)]
-        if part.kind in _ROW:
+        if part.kind in ROW:
             return [whole if part.bias else self._share(tensor, whole, 1)]
         if part.kind == OTHER and len(tensor.shape) < 2:
             return [whole]

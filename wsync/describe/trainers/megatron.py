@@ -137,6 +137,16 @@ def stage_of_layers(
     return [stage for _ in range(virtual) for stage, count in enumerate(counts) for _ in range(count // virtual)]
 
 
+def _other_stages(first: int | None, last: int | None) -> str:
+    """What to do about layers that do not divide, in the keys that are not given yet where there are such."""
+    if first is not None and last is not None:
+        return f"choose pp_first={first} and pp_last={last} so that the stages between them get equally many layers"
+    if first is None and last is None:
+        return "give the first and last stage another number with pp_first and pp_last"
+    given, other = (f"pp_first={first}", "pp_last") if last is None else (f"pp_last={last}", "pp_first")
+    return f"choose another {given.partition('=')[0]} than {given}, or give {other}, too"
+
+
 def _layers_of_stages(layers: int, num_stages: int, first: int | None, last: int | None) -> list[int]:
     outer = (first is not None) + (last is not None)
     rest = layers - (first or 0) - (last or 0)
@@ -147,7 +157,7 @@ def _layers_of_stages(layers: int, num_stages: int, first: int | None, last: int
         raise ConfigError(
             f"the model has {layers} layers, of which {rest} do not divide over {middle} equal pipeline stages "
             f"(pp={num_stages})",
-            hint="give the first and last stage another number with pp_first and pp_last",
+            hint=_other_stages(first, last),
         )
     each = [rest // middle] * middle if middle else []
     return [*([first] if first is not None else []), *each, *([last] if last is not None else [])]

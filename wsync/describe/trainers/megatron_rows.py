@@ -8,23 +8,14 @@ from wsync.describe.intervals import Interval
 from wsync.describe.layout import divided
 from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import (
+    COLUMN,
     CONV,
     DOWN,
     EMBEDDING,
-    GATE,
     GATE_UP,
     HEAD,
-    KV_B,
-    LINEAR_A,
-    LINEAR_B,
-    LINEAR_HEAD,
-    LINEAR_OUT,
     LINEAR_QKV,
-    LINEAR_Z,
-    OUT,
-    Q_B,
-    SINKS,
-    UP,
+    ROW,
     K,
     Part,
     Q,
@@ -34,9 +25,6 @@ from wsync.errors import ConfigError
 
 Cuts = dict[int, list[Interval]]
 """For each dimension that is cut the intervals that a rank holds."""
-
-_COLUMN = frozenset({Q_B, KV_B, GATE, UP, SINKS, LINEAR_Z, LINEAR_B, LINEAR_A, LINEAR_HEAD})
-_ROW = frozenset({OUT, DOWN, LINEAR_OUT})
 
 
 def fused_qkv_rows(heads: int, groups: int, head_dim: int, gated: bool = False) -> list[tuple[str, Interval]]:
@@ -102,9 +90,9 @@ class Rows:
             return {0: self._fused(part, rank)}
         if part.kind in (LINEAR_QKV, CONV):
             return {0: self._linear(rank)}
-        if part.kind in _COLUMN:
+        if part.kind in COLUMN:
             return {0: [self._share(shape[0], rank, part)]}
-        if part.kind in _ROW and not part.bias:
+        if part.kind in ROW and not part.bias:
             return {1: [self._share(shape[1], rank, part)]}
         return {}
 
