@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -73,20 +72,15 @@ class Job:
             process.join()
 
 
-def measure_together(
-    layouts: dict[str, Layout], repeats: int, between: Callable[[], None]
-) -> dict[str, list[dict[str, Any]]]:
+def measure_together(layouts: dict[str, Layout], repeats: int) -> dict[str, list[dict[str, Any]]]:
     """The reports of ``repeats`` publishes of each layout, after two that warm up.
 
-    Layouts and ``between`` take turns, so that what else the machine does meanwhile is the same for all.
+    Layouts take turns, so that what else the machine does meanwhile is the same for all.
     """
     with tempfile.TemporaryDirectory() as folder:
         jobs = {name: Job(layout, Path(folder)) for name, layout in layouts.items()}
         try:
-            rounds = []
-            for _ in range(repeats + 2):
-                rounds.append({name: job.publish() for name, job in jobs.items()})
-                between()
+            rounds = [{name: job.publish() for name, job in jobs.items()} for _ in range(repeats + 2)]
         finally:
             for job in jobs.values():
                 job.close()

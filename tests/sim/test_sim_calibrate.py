@@ -8,7 +8,7 @@ import pytest
 from wsync.errors import ConfigError
 from wsync.plan import PlanOptions, make_plan
 from wsync.sim import simulate
-from wsync.sim.calibrate import Measured, calibrate
+from wsync.sim.calibrate import Measured, calibrate, fit
 from wsync.spec.cluster import Cluster, Nic, NodeGroup
 from wsync.testing.generators import dense_tensors, fsdp_source, tp_sink
 
@@ -82,3 +82,25 @@ def test_cores_that_are_fewer_than_ranks_are_shared():
 def test_measurements_that_cannot_be_are_refused(small, large, rate, words):
     with pytest.raises(ConfigError, match=words):
         calibrate(small, large, rate)
+
+
+def test_the_rate_of_all_cores_is_found_from_what_more_ranks_took():
+    plan, source, sink, cluster = planned(8, 4)
+    options = calibrate(SMALL, LARGE, 10.0)
+
+    def at(host_gbps):
+        group = msgspec.structs.replace(cluster.groups[0], host_gbps=host_gbps)
+        changed = msgspec.structs.replace(cluster, groups=(group,))
+        return simulate(plan, source, sink, changed, options=options).simulated_s
+
+    assert fit(at, at(17.0), 10.0, 40.0) == pytest.approx(17.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("measured_s", "found"), [(0.01, 8.0), (100.0, 2.0)])
+def test_what_no_rate_explains_gives_the_nearer_end(measured_s, found):
+    assert fit(lambda rate: 1 / rate, measured_s, 2.0, 8.0) == pytest.approx(found, rel=1e-4)
+
+
+def test_nothing_is_fitted_to_nothing():
+    with pytest.raises(ConfigError, match=r"0\.0 s measured"):
+        fit(lambda rate: 1 / rate, 0.0, 2.0, 8.0)

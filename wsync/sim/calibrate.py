@@ -1,12 +1,14 @@
 """From measured publishes to the costs of a machine: what one size teaches about others.
 
-Two publishes over shared memory are enough. A small one, whose bytes take no time worth mentioning, tells what control
-messages cost. A larger one tells what ranks do with each byte; its phases must have had a core for each rank.
+Two publishes over shared memory are enough where every rank has a core. A small one, whose bytes take no time worth
+mentioning, tells what control messages cost; a larger one tells what ranks do with each byte. Where ranks share cores
+and memory, a third one with more ranks tells how much faster all cores are than one (`fit`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import msgspec
 
@@ -62,3 +64,26 @@ def calibrate(small: Measured, large: Measured, rank_gbps: float) -> SimOptions:
     # What of the small publish was not work on bytes. Half of it comes before the first byte, half after the last.
     control_s = max(small.total_s - small.pack_s - small.verify_s - small.install_s, 0.0)
     return SimOptions(start_s=control_s / 2, vote_s=control_s / 2, host=host)
+
+
+def fit(simulated_s: Callable[[float], float], measured_s: float, low: float, high: float, steps: int = 20) -> float:
+    """The rate between ``low`` and ``high`` at which a simulation takes what was measured, or the nearer end.
+
+    Args:
+        simulated_s: seconds at a rate; more of it never takes longer.
+        measured_s: what to meet.
+        low, high: rates to look between.
+        steps: halvings.
+
+    Raises:
+        ConfigError: no range, or nothing measured.
+    """
+    if not 0 < low <= high or not measured_s > 0:
+        raise ConfigError(f"nothing to fit: rates from {low!r} to {high!r}, {measured_s!r} s measured")
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if simulated_s(middle) > measured_s:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

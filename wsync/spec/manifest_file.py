@@ -16,7 +16,7 @@ import msgspec
 
 from wsync.errors import ConfigError, ManifestError, WireError
 from wsync.spec.box import Box
-from wsync.spec.files import write_whole
+from wsync.spec.files import write_file
 from wsync.spec.manifest import (
     CopySpec,
     RankInfo,
@@ -120,8 +120,11 @@ class _Table(Generic[H]):
         return found
 
 
-def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> None:
-    """Write a manifest. The file appears whole or not at all.
+def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> int:
+    """Write a manifest, as `write_file` does.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
         ConfigError: it cannot be written.
@@ -132,7 +135,9 @@ def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> 
         else (SINK, encode(_pack_sink(manifest)))
     )
     header = Header(kind, FORMAT_VERSION, len(body), _digest(body))
-    write_whole(Path(path), msgspec.json.encode(header) + b"\n" + zlib.compress(body, 6))
+    data = msgspec.json.encode(header) + b"\n" + zlib.compress(body, 6)
+    write_file(path, data)
+    return len(data)
 
 
 def load_manifest(path: str | Path) -> SourceManifest | SinkManifest:

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from wsync.errors import ConfigError, DigestError, FormatVersionError
-from wsync.spec.files import write_whole
+from wsync.spec.files import write_file
 from wsync.topo.findings import Finding, Severity, Subject, Verdict, guide_link, worst
 from wsync.topo.golden_facts import SERIOUS, Difference, Facts, differences, facts_of, fingerprint
 from wsync.topo.model import Machine
@@ -121,7 +121,7 @@ def save_golden(golden: Golden, path: str | Path) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    write_whole(Path(path), encode_golden(golden), 0o644)
+    write_file(path, encode_golden(golden), 0o644)
 
 
 def is_golden(path: str | Path) -> bool:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from wsync.cli.output import print_error, write_json
+from wsync.cli.output import print_error, write_data, write_json
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError, WsyncError
-from wsync.spec.files import write_whole
 from wsync.topo.findings import Verdict
 from wsync.topo.model import Topology
 from wsync.topo.render.junit import junit_xml
@@ -134,14 +131,5 @@ def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
 
 
 def write_output(target: str, data: bytes) -> None:
-    """Replace a file as a whole, so that a reader sees the old or the new one; everyone may read it. ``-`` is stdout.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if target == STDOUT:
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-        return
-    # The collector reads every *.prom of the folder: what is unfinished is none.
-    write_whole(Path(target), data, 0o644)
+    """Write a file that everyone may read, whole; ``-`` is stdout. Raises as `write_data`."""
+    write_data(target, data, 0o644)
