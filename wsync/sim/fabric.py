@@ -85,7 +85,7 @@ class Fabric:
         factor = 1.0
         if node is not None:
             name, factor = f"{self.nodes.names[node]}/{name}", self._factors[node]
-        self.resources.append(Resource(name, kind, rate_gbps * 1e9 * factor))
+        self.resources.append(Resource(name, kind, rate_gbps * 1e9 * factor, -1 if node is None else node))
         return len(self.resources) - 1
 
     def _add_pair(self, node: int, name: str, kind: str, rate_gbps: float) -> Ports:
@@ -230,8 +230,7 @@ class Fabric:
 
     def lose_node(self, node: int) -> set[int]:
         """Forget a node; returns all its resources."""
-        prefix = f"{self.nodes.names[node]}/"
-        lost = {i for i, r in enumerate(self.resources) if r.name.startswith(prefix)}
+        lost = {i for i, r in enumerate(self.resources) if r.node == node}
         self._lost |= lost
         return lost
 
