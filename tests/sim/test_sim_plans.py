@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wsync.describe import describe_sink, describe_source, load_model
 from wsync.errors import ConfigError, PlanMismatchError
-from wsync.plan import make_plan
+from wsync.plan import PlanOptions, make_plan
 from wsync.plan.nodes import find_nodes
 from wsync.plan.timing import plan_times
 from wsync.sim import Failure, SimOptions, Straggler, simulate
+from wsync.sim.memory import needed_bytes
 from wsync.sim.presets import PRESETS
+from wsync.sim.presets.machines import h100
 from wsync.sim.run import Simulation
 from wsync.spec.cluster import Cluster, Nic, NicPath, NodeGroup
 from wsync.spec.manifest import SinkManifest
@@ -155,6 +160,40 @@ def test_offloaded_weights_cross_pcie_first(tiny):
     result = simulate(*tiny, options=SimOptions(offloaded=True))
     assert {r.kind for r in result.resources} >= {"pcie", "hbm", "nic"}
     assert result.stall_s > simulate(*tiny).stall_s
+
+
+def test_a_dropped_replica_takes_the_score_along_and_utilisation_counts_the_whole_run():
+    """A slow replica binds the bound; without it the others are done long before its other ranks have their bytes."""
+    model = load_model("Qwen3-0.6B")
+    slow = msgspec.structs.replace(h100("slow", 2), nics=tuple(Nic(5.0, n.rail, n.gpus) for n in h100("x", 1).nics))
+    cluster = Cluster((h100("trainer", 1), h100("engine", 2), slow), alpha_s=1e-6)
+    source = describe_source(model, "fsdp=8", ["trainer-0"] * 8)
+    hosts = [host for host in ("engine-0", "engine-1", "slow-0", "slow-1") for _ in range(8)]
+    sink = describe_sink(model, "tp=16,replicas=2", hosts, "bf16")
+    plan = make_plan(source, sink, cluster, PlanOptions(bucket_bytes=512 << 10))
+    options = SimOptions(install="in_place", detect_s=1e-4)
+    whole = simulate(plan, source, sink, cluster, options=options)
+    result = simulate(plan, source, sink, cluster, failures=[Failure("slow-0", 0.0)], options=options)
+    assert whole.score >= 1.0
+    assert result.score is None
+    assert "1 did not commit" in result.no_score
+    assert result.simulated_s < result.horizon_s
+    assert max(use.utilisation for use in result.resources) <= 1.0 + 1e-9
+
+
+def test_replicas_that_should_not_be_there_are_refused_if_the_plan_has_them(tiny):
+    with pytest.raises(ConfigError, match="replica 'engine-0' should not be there, but the plan"):
+        simulate(*tiny, options=SimOptions(without=("engine-0",)))
+
+
+def test_the_memory_that_a_run_needs_is_weights_and_buckets(tiny):
+    plan, source, sink, cluster = tiny
+    needed = needed_bytes(plan, source, sink, find_nodes(source, sink, cluster), SimOptions())
+    weights = 2 * sum(math.prod(t.shape) for t in source.tensors if t.alias_of is None)
+    of_trainer = sum(nbytes for (node, _), nbytes in needed.items() if node == 0)
+    staged = sum(plan.source_memory_bytes(rank) for rank in range(8))
+    assert len(needed) == 24
+    assert of_trainer == pytest.approx(weights + staged, rel=1e-6)
 
 
 def test_a_plan_for_other_ranks_is_refused(tiny):

@@ -19,7 +19,7 @@ import msgspec
 from wsync.errors import ConfigError, FormatVersionError, ManifestError, WireError
 from wsync.plan import Plan, decode_plan, make_plan
 from wsync.plan.types import PlanOptions
-from wsync.sim.options import SimOptions, check_options, nearest
+from wsync.sim.options import SimOptions, check_options, nearest, shown
 from wsync.sim.presets import PRESETS, find_preset
 from wsync.spec.cluster import Cluster, load_cluster
 from wsync.spec.manifest import SinkManifest, SourceManifest
@@ -120,7 +120,12 @@ def open_scenario(name_or_path: str) -> Scenario:
 
 
 def _is_path(text: str) -> bool:
-    return "/" in text or text.endswith(".json") or Path(text).exists()
+    if "/" in text or text.endswith(".json"):
+        return True
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than any name may be
+        return False
 
 
 def _load(path: Path) -> Scenario:
@@ -142,8 +147,8 @@ def _load(path: Path) -> Scenario:
 def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{what} {str(path)!r} cannot be read: {e.strerror}") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise ConfigError(f"{what} {shown(str(path))} cannot be read: {getattr(e, 'strerror', e)}") from e
 
 
 def _load_plan(path: Path) -> Plan:
