@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 
 from wsync.sim.engine import Engine, Job
@@ -116,7 +117,14 @@ class Sync:
         """Simulate, and return the second at which the last replica committed; None if none did."""
         self.engine.at(self._start_s, self._start)
         self.engine.at(self._start_s + self.work.amax_s, self._start_scaled)
-        self.engine.run()
+        # Buckets and jobs have no cycles, and there are millions of them: looking for some takes a seventh of the time.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self.engine.run()
+        finally:
+            if collects:
+                gc.enable()
         return max((r.commit_s for r in self.replicas.values() if r.commit_s is not None), default=None)
 
     @property
