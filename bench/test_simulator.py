@@ -30,6 +30,8 @@ RANK_GBPS = 10.0
 BUCKET_BYTES = 4 << 20
 REPEATS = 20
 TOLERANCE = 0.25
+MAX_SCORE = 1.05
+"""Simulated seconds of a preset over its lower bound."""
 STRICT = os.environ.get("WSYNC_BENCH_STRICT") == "1"
 
 MEASURED = {
@@ -126,5 +128,6 @@ def test_a_preset_is_planned_and_simulated(benchmark, name):
         peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     )
     assert result.committed == tuple(r.name for r in result.replicas)
+    assert result.score <= MAX_SCORE
     if STRICT:
         assert result.sim_wall_s <= 60.0

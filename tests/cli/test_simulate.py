@@ -111,6 +111,49 @@ def test_without_trainers_nothing_commits_and_the_status_says_so(capsys):
     status, result = run_json(capsys, "tiny", "--fail", "trainer-0@0.0001")
     assert status == 1
     assert result["score"] is None
+    assert result["no_score"] == "the bound is that of all replicas, and 2 did not commit: engine-0, engine-1"
+    assert result["simulated_s"] is None
+    assert result["phases"]["commit"] is None
+    assert result["horizon_s"] > 0
+    assert 0 < max(use["utilisation"] for use in result["resources"]) <= 1
+
+
+def test_a_run_in_which_nothing_commits_is_drawn_over_all_that_happened(tmp_path, capsys):
+    chart, trace = tmp_path / "c.png", tmp_path / "t.json"
+    argv = ["simulate", "tiny", "--fail", "trainer-0@0.0004", "--chart", str(chart), "--trace", str(trace)]
+    assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert "no replica committed" in out
+    assert "the bound is that of all replicas" in out
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    spans = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert max(e["dur"] for e in spans) == pytest.approx(400, rel=0.01)
+
+
+def test_a_failure_after_the_end_is_noted_and_changes_nothing(capsys):
+    _, healthy = run_json(capsys, "tiny")
+    _, result = run_json(capsys, "tiny", "--fail", "engine-0@5")
+    assert result["notes"] == ["node engine-0 failed at 5 s, after the end: this changed nothing"]
+    for field in ("simulated_s", "score", "events", "resources", "horizon_s"):
+        assert result[field] == healthy[field]
+
+
+def test_gpus_that_are_too_small_are_named(scenario, capsys):
+    change(scenario, sim_options={"gpu_memory_gb": 0.1})
+    status, result = run_json(capsys, scenario)
+    assert status == 0
+    assert re.search(
+        r"24 of 24 GPUs lack memory .* GPU \d of node trainer-0 needs 0\.\d GB and has 0\.1", *result["notes"]
+    )
+    assert main(["simulate", str(scenario)]) == 0
+    assert "note: 24 of 24 GPUs lack memory" in capsys.readouterr().out
+
+
+def test_the_list_goes_with_json_only(capsys):
+    for argv, words in ((["tiny"], "takes none; got 'tiny'"), (["--chart", "c.png"], "not with --chart")):
+        status, message = refused(capsys, "--list", *argv)
+        assert status == 2
+        assert words in message
 
 
 def test_a_replica_that_is_not_there_is_planned_without(capsys):
@@ -162,6 +205,7 @@ def test_options_of_a_scenario_count_and_those_of_the_command_come_on_top(scenar
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["tiny", "--trace", "-"], "only --json goes to stdout"),
         ([], "needs a preset or a scenario file"),
         (["tinny"], "did you mean 'tiny'?"),
         (["/nowhere/s.json"], "cannot be read: No such file"),
@@ -183,12 +227,27 @@ def test_options_of_a_scenario_count_and_those_of_the_command_come_on_top(scenar
         (["tiny", "--jitter", "1.5"], "jitter is 1.5, allowed is 0 to 0.99"),
         (["tiny", "--detect", "-1"], "detect_s is -1.0, allowed is"),
         (["tiny", "--chart", "c.svg"], "must end in .png"),
+        (["tiny", "--chart", ""], "--chart needs the name of a file"),
+        (["tiny", "--chart", "-"], "only --json goes to stdout"),
+        (["tiny", "--json", ""], "--json needs the name of a file"),
+        (["tiny", "--json", "./t.json"], "--json and --trace are both to be written to t.json"),
+        (["tiny", "--chart", "x" * 300 + ".png"], "cannot be written"),
+        (["x" * 300], "neither a preset nor a file"),
+        (["x" * 300 + ".json"], "File name too long"),
+        (["tiny", "--fail", "engine-0/" + "9" * 5000 + "@1"], "(5000 characters)', which is not an index"),
+        (["tiny", "--fail", "engine-0/\u0663@1"], "which is not an index"),
+        (["tiny", "--fail", "engine-0/0_5@1"], "'0_5', which is not an index"),
+        (["tiny", "--fail", "engine-0@0_5"], "'0_5', which is not a number"),
+        (["tiny", "--straggler", "engine-0:\u0660.5"], "which is not a number"),
+        (["tiny", "--jitter", "0_5"], "--jitter is '0_5', which is not a number"),
+        (["tiny", "--detect", "1" * 500], "(500 characters)', which is not a number"),
+        (["tiny", "--seed", "\u0663"], "which is not an index"),
         (["tiny", "--json", "/nowhere/r.json"], "the folder /nowhere does not exist"),
     ],
 )
 def test_mistakes_are_named_and_write_nothing(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    outputs = ["--trace", "t.json"] if argv else []
+    outputs = ["--trace", "t.json"] if argv and "--trace" not in argv else []
     status, message = refused(capsys, *argv, *outputs)
     assert status == 2
     assert words in message.replace("\n", " ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from wsync.describe import known_models
@@ -37,7 +39,8 @@ def test_every_preset_says_what_it_is_and_what_it_assumes(preset):
     check_cluster(preset.cluster)
     if preset.published is not None:
         assert preset.published.seconds > (preset.bound_s or 0)
-        assert preset.published.source
+        assert re.search(r"https://[a-z.]+/\S+$", preset.published.source)
+    assert not re.search(r"planning\.md|topology\.md", str(preset))
 
 
 def test_the_rows_of_the_design_are_there_with_the_two_shapes():

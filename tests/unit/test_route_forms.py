@@ -174,5 +174,10 @@ def test_steepness_is_made_of_products_alone():
     levels = np.random.default_rng(7).random(20_000) * 3
     powers = steep(levels)
     for level, power in zip(levels.tolist(), powers.tolist(), strict=True):
-        square = level * level
-        assert power == square * square * square * level
+        squares = [level]
+        for _ in range(4):
+            squares.append(squares[-1] * squares[-1])
+        expected = level
+        for square in squares[1:]:
+            expected *= square
+        assert power == expected

@@ -78,9 +78,9 @@ def add_parser(commands: Any) -> None:
         help="a replica that is not there: plan for the others",
     )
     parser.add_argument("--install", choices=("staged", "in_place"), help="when engines write live memory")
-    parser.add_argument("--detect", type=float, metavar="SECONDS", help="from a failure until peers act on it")
-    parser.add_argument("--jitter", type=float, metavar="SHARE", help="spread of every service time, from 0 to 0.99")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the jitter")
+    parser.add_argument("--detect", metavar="SECONDS", help="from a failure until peers act on it")
+    parser.add_argument("--jitter", metavar="SHARE", help="spread of every service time, from 0 to 0.99")
+    parser.add_argument("--seed", metavar="N", help="of the jitter")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
     parser.add_argument("--chart", metavar="FILE", help="write a Gantt chart (.png)")
     parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev (JSON)")
@@ -90,6 +90,7 @@ def add_parser(commands: Any) -> None:
 def run_simulate(args: argparse.Namespace) -> int:
     """Plan, simulate, print; 1 if no replica committed."""
     if args.list:
+        _check_list(args)
         return _list_presets(args)
     if args.scenario is None:
         raise ConfigError("simulate needs a preset or a scenario file", hint="wsync simulate --list names the presets")
@@ -110,24 +111,67 @@ def run_simulate(args: argparse.Namespace) -> int:
     return EXIT_OK if result.committed else EXIT_FAILED
 
 
+def _check_list(args: argparse.Namespace) -> None:
+    """``--list`` names presets and does nothing else."""
+    from wsync.sim.options import shown
+
+    if args.scenario is not None:
+        raise ConfigError(f"--list names all presets, it takes none; got {shown(args.scenario)}")
+    others = ("straggler", "fail", "without", "install", "detect", "jitter", "seed", "chart", "trace")
+    given = [f"--{name}" for name in others if getattr(args, name) not in (None, [])]
+    if given:
+        raise ConfigError(f"--list simulates nothing: it goes with --json only, not with {', '.join(given)}")
+    _check_target(args.json, "--json")
+
+
 def _check_outputs(args: argparse.Namespace) -> None:
-    for option in ("json", "chart", "trace"):
-        check_writable(getattr(args, option), f"--{option}")
-    if args.chart and not args.chart.endswith(".png"):
-        raise ConfigError(f"--chart {args.chart} must end in .png")
+    targets = {f"--{name}": getattr(args, name) for name in ("json", "chart", "trace")}
+    seen: dict[Path, str] = {}
+    for option, target in targets.items():
+        if target is None:
+            continue
+        _check_target(target, option)
+        path = Path(target).resolve()
+        if target != "-" and path in seen and (path.is_file() or not path.exists()):
+            raise ConfigError(f"{seen[path]} and {option} are both to be written to {target}")
+        seen[path] = option
+
+
+def _check_target(target: str | None, option: str) -> None:
+    """Refuse a file that cannot be written, before a long run."""
+    from wsync.sim.options import shown
+
+    if target is None:
+        return
+    if not target:
+        raise ConfigError(f"{option} needs the name of a file, got ''")
+    if target == "-" and option != "--json":
+        raise ConfigError(f"{option} - is not possible: only --json goes to stdout")
+    if option == "--chart" and not target.endswith(".png"):
+        raise ConfigError(f"--chart {shown(target)} must end in .png")
+    try:
+        check_writable(target, option)
+    except OSError as e:
+        raise ConfigError(f"{option} {shown(target)} cannot be written: {e.strerror}") from e
 
 
 def _options(args: argparse.Namespace, scenario: Scenario) -> Any:
     """Those of the scenario with what the command line says on top, checked."""
-    from wsync.sim.options import check_options, parse_failure, parse_straggler
+    from wsync.sim.options import check_options, parse_failure, parse_index, parse_number, parse_straggler
 
     changes: dict[str, Any] = {
         "stragglers": (*scenario.options.stragglers, *map(parse_straggler, args.straggler)),
         "failures": (*scenario.options.failures, *map(parse_failure, args.fail)),
         "without": (*scenario.options.without, *args.without),
     }
-    given = {"install": args.install, "jitter": args.jitter, "seed": args.seed, "detect_s": args.detect}
-    changes |= {name: value for name, value in given.items() if value is not None}
+    if args.install is not None:
+        changes["install"] = args.install
+    if args.detect is not None:
+        changes["detect_s"] = parse_number(args.detect, "--detect")
+    if args.jitter is not None:
+        changes["jitter"] = parse_number(args.jitter, "--jitter")
+    if args.seed is not None:
+        changes["seed"] = parse_index(args.seed, "--seed")
     options = msgspec.structs.replace(scenario.options, **changes)
     check_options(options)
     return options

@@ -14,6 +14,8 @@ _STATES = {"committed": "green", "old version serving": "yellow", "poisoned": "r
 def print_result(result: SimResult, console: Console, *, max_replicas: int, max_resources: int) -> None:
     """Seconds, replicas, and the busiest resources."""
     console.print(_summary(result))
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if result.events or any(r.fault for r in result.replicas):
         for event in result.events:
             console.print(f"{event.time_s:.3f} s: {event.what}", markup=False, highlight=False)
@@ -30,9 +32,9 @@ def _summary(result: SimResult) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     score = "-" if result.score is None else f"{result.score:.3f}"
-    table.add_row("simulated", _seconds(result.simulated_s), "publish to the last commit")
+    table.add_row("simulated", _seconds(result.simulated_s), _simulated(result))
     table.add_row("lower bound", _seconds(result.lower_bound_s), result.binding_cut)
-    table.add_row("score", score, "simulated over lower bound")
+    table.add_row("score", score, Text(result.no_score or "simulated over lower bound"))
     table.add_row("plan", _seconds(result.plan_s), "what the plan predicts")
     if result.published_s is not None:
         table.add_row("published", _seconds(result.published_s), "what a peer takes")
@@ -41,12 +43,21 @@ def _summary(result: SimResult) -> Table:
         table.add_row(f"  {phase}", _seconds(end_s), "ended everywhere")
     table.add_row("packed", f"{result.wire_bytes / 1e9:,.1f} GB", f"{result.num_buckets} buckets")
     table.add_row("received", f"{result.delivered_bytes / 1e9:,.1f} GB", f"{result.num_hops} hops")
-    made = "-" if result.plan_wall_s is None else _seconds(result.plan_wall_s)
-    table.add_row("planned in", made, f"simulated in {_seconds(result.sim_wall_s)}, {result.num_events} events")
+    table.add_row(
+        "planned in",
+        _seconds(result.plan_wall_s),
+        f"simulated in {_seconds(result.sim_wall_s)}, {result.num_events} events",
+    )
     return table
 
 
-def _seconds(value: float) -> str:
+def _simulated(result: SimResult) -> str:
+    return "no replica committed" if result.simulated_s is None else "publish to the last commit"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3f} s" if value >= 0.1 else f"{value * 1e3:.2f} ms"
 
 
@@ -57,7 +68,7 @@ def _replicas(result: SimResult, limit: int) -> Table:
     # Those that did not commit first, then the slowest.
     order = sorted(result.replicas, key=lambda r: (r.commit_s is not None, -(r.commit_s or 0.0)))
     for replica in order[:limit]:
-        times = ["-" if t is None else _seconds(t) for t in (replica.staged_s, replica.commit_s)]
+        times = [_seconds(t) for t in (replica.staged_s, replica.commit_s)]
         table.add_row(replica.name, Text(replica.state, _STATES[replica.state]), *times, replica.fault)
     if len(order) > limit:
         table.caption = f"and {len(order) - limit} that committed earlier"

@@ -8,11 +8,12 @@ from typing import Any
 
 from wsync.errors import ConfigError
 from wsync.sim.engine import Resource
-from wsync.sim.result import ReplicaResult, SimResult
+from wsync.sim.result import SimResult
 
 MAX_REPLICAS = 16
 MAX_RESOURCES = 24
 BINS = 400
+_LABELS = {"send": " (a rank's messages, one at a time)", "core": " (a rank's own copying)"}
 _RECEIVE, _COMMIT, _BUSY, _BOUND = "#b8b8b8", "#0072b2", (0.0, 0.447, 0.698), "#d55e00"
 
 
@@ -36,15 +37,16 @@ def chart_png(result: SimResult, resources: Sequence[Resource]) -> bytes:
     try:
         _draw_replicas(axes, result, len(replicas))
         for row, resource in enumerate(busiest, start=len(replicas)):
-            _draw_resource(axes, row, resource, result.simulated_s)
+            _draw_resource(axes, row, resource, result.horizon_s)
         axes.axvline(result.lower_bound_s, color=_BOUND, linewidth=1.2, label=f"bound {result.lower_bound_s:.3g} s")
         for event in result.events:
             axes.axvline(event.time_s, color="black", linestyle=":", linewidth=0.8)
-        axes.set_yticks(range(rows), [r.name for r in replicas] + [r.name for r in busiest], fontsize=7)
+        axes.set_yticks(range(rows), [r.name for r in replicas] + [label_of(r) for r in busiest], fontsize=7)
         axes.invert_yaxis()
-        axes.set_xlim(0, max(result.simulated_s, result.lower_bound_s) * 1.03)
+        axes.set_xlim(0, max(result.horizon_s, result.lower_bound_s) * 1.03)
         axes.set_xlabel("seconds from the publish")
-        axes.set_title(f"{result.name}: {result.simulated_s:.3g} s, {result.binding_cut}", loc="left", fontsize=9)
+        took = "nothing committed" if result.simulated_s is None else f"{result.simulated_s:.3g} s"
+        axes.set_title(f"{result.name}: {took}, {result.binding_cut}", loc="left", fontsize=9)
         axes.legend(loc="lower right", fontsize=7, frameon=False)
         figure.tight_layout()
         out = io.BytesIO()
@@ -65,21 +67,20 @@ def busiest_of(resources: Sequence[Resource]) -> list[Resource]:
     return sorted(chosen, key=lambda r: (-r.busy_s, r.name))[:MAX_RESOURCES]
 
 
+def label_of(resource: Resource) -> str:
+    """A resource's name, with what it is where that is no part that one could touch."""
+    return f"{resource.name}{_LABELS.get(resource.kind, '')}"
+
+
 def _draw_replicas(axes: Any, result: SimResult, count: int) -> None:
     for row, replica in enumerate(result.replicas[:count]):
-        staged_s = received_until(replica, result)
+        staged_s = replica.received_until(result.horizon_s)
         axes.barh(row, staged_s, color=_RECEIVE, height=0.7)
         if replica.commit_s is not None:
-            width = max(replica.commit_s - staged_s, result.simulated_s * 0.003)
+            width = max(replica.commit_s - staged_s, result.horizon_s * 0.003)
             axes.barh(row, width, left=staged_s, color=_COMMIT, height=0.7)
         elif replica.fault:
             axes.text(0, row, f" {replica.fault}", va="center", fontsize=6)
-
-
-def received_until(replica: ReplicaResult, result: SimResult) -> float:
-    """When a replica had everything or was dropped."""
-    ends = (replica.staged_s, replica.dropped_s, result.simulated_s)
-    return next(end for end in ends if end is not None)
 
 
 def _draw_resource(axes: Any, row: int, resource: Resource, seconds: float) -> None:

@@ -59,16 +59,18 @@ class Resource:
         name: for reports.
         kind: ``nic``, ``nvlink``, ``pcie``, ``hbm``, ``host``, ``send``, ``core`` or ``link``.
         rate: bytes per second.
+        node: index of the node that it is a part of; -1 for a link between nodes.
         busy_s, nbytes, services: what it did.
         spans: busy times as [begin, end, busy seconds], close ones merged.
     """
 
-    __slots__ = ("busy_s", "kind", "name", "nbytes", "rate", "services", "spans")
+    __slots__ = ("busy_s", "kind", "name", "nbytes", "node", "rate", "services", "spans")
 
-    def __init__(self, name: str, kind: str, rate: float) -> None:
+    def __init__(self, name: str, kind: str, rate: float, node: int = -1) -> None:
         self.name = name
         self.kind = kind
         self.rate = rate
+        self.node = node
         self.busy_s = 0.0
         self.nbytes = 0
         self.services = 0
@@ -88,6 +90,12 @@ class Engine:
         merge_s: idle time below which two busy times are one span; None keeps no spans, which is faster.
         jitter: each service takes its time times a number drawn evenly from ``1 - jitter`` to ``1 + jitter``.
         seed: of those draws.
+
+    Attributes:
+        resources: as given.
+        now_s: the clock.
+        busy_until_s: when the last service ended.
+        num_events: so far.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Engine:
     ) -> None:
         self.resources = resources
         self.now_s = 0.0
+        self.busy_until_s = 0.0
         self.num_events = 0
         self._done = done
         self._merge_s = merge_s
@@ -147,6 +156,7 @@ class Engine:
             if entry is None or entry is _LOST:
                 heappop(heap)
                 continue
+            self.busy_until_s = now
             queue = queues[r]
             while queue:
                 following = queue.popleft()
@@ -226,6 +236,9 @@ class Engine:
 
     def lose(self, lost: set[int]) -> None:
         """Resources that serve nothing any more. Cancel what waits for them first."""
+        for end_s, _, r in self._heap:
+            if r in lost and self._serving[r] is not _LOST:
+                self._busy[r] -= end_s - self.now_s  # what it would have served from now on
         for r in lost:
             self._queues[r].clear()
             self._serving[r] = _LOST
@@ -236,12 +249,13 @@ class Engine:
 
     def cancel(self, lost: Callable[[Job], bool]) -> list[Job]:
         """Cancel all jobs under way for which ``lost`` holds, and return them, each once, in a fixed order."""
-        found = [job for job in self._under_way() if lost(job)]
+        found = [job for job in self.under_way() if lost(job)]
         for job in found:
             job.dead = True
         return found
 
-    def _under_way(self) -> Iterator[Job]:
+    def under_way(self) -> Iterator[Job]:
+        """Jobs of owners that have begun or queue, each once, in a fixed order."""
         seen: set[int] = set()
         for entry, queue in zip(self._serving, self._queues, strict=True):
             for job, _ in [*([entry] if entry else []), *queue]:

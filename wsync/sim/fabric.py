@@ -80,12 +80,13 @@ class Fabric:
         self._ranks = {id(x): self._add_rank(f"{side}{i}", x) for side, lanes in sides for i, x in enumerate(lanes)}
         self._lost: set[int] = set()
         self._turn = 0
+        self._pcie: dict[tuple[int, int, int], bool] = {}
 
     def _add(self, name: str, kind: str, rate_gbps: float, node: int | None = None) -> int:
         factor = 1.0
         if node is not None:
             name, factor = f"{self.nodes.names[node]}/{name}", self._factors[node]
-        self.resources.append(Resource(name, kind, rate_gbps * 1e9 * factor))
+        self.resources.append(Resource(name, kind, rate_gbps * 1e9 * factor, -1 if node is None else node))
         return len(self.resources) - 1
 
     def _add_pair(self, node: int, name: str, kind: str, rate_gbps: float) -> Ports:
@@ -194,9 +195,12 @@ class Fabric:
         Where nothing but these ports uses it and it is at least as fast as all of them together, a bucket is through it
         before it is through its port, whatever else is under way: leaving it out changes no time.
         """
-        own_gbps = math.fsum(self.nodes.nics[i].rate_gbps for i in lane.own)
-        pcie_gbps = self.nodes.groups[lane.node].pcie_gbps
-        return lane.domain < 0 or pcie_gbps is None or own_gbps > pcie_gbps
+        key = (lane.node, lane.gpu, lane.domain)
+        if key not in self._pcie:
+            own_gbps = math.fsum(self.nodes.nics[i].rate_gbps for i in lane.own)
+            pcie_gbps = self.nodes.groups[lane.node].pcie_gbps
+            self._pcie[key] = lane.domain < 0 or pcie_gbps is None or own_gbps > pcie_gbps
+        return self._pcie[key]
 
     def node_index(self, host: str) -> int:
         """Index of a node by its name.
@@ -207,7 +211,7 @@ class Fabric:
         names = self.nodes.names
         if host not in names:
             raise ConfigError(
-                f"node {host!r} has no rank of this plan, whose nodes are {_some(names)}", hint=nearest(host, names)
+                f"node {host!r} has no rank of this plan, whose nodes are {some(names)}", hint=nearest(host, names)
             )
         return names.index(host)
 
@@ -230,8 +234,7 @@ class Fabric:
 
     def lose_node(self, node: int) -> set[int]:
         """Forget a node; returns all its resources."""
-        prefix = f"{self.nodes.names[node]}/"
-        lost = {i for i, r in enumerate(self.resources) if r.name.startswith(prefix)}
+        lost = {i for i, r in enumerate(self.resources) if r.node == node}
         self._lost |= lost
         return lost
 
@@ -240,5 +243,6 @@ class Fabric:
         return bool(lane.reach) and all(self.nics[i].out in self._lost for i in lane.reach)
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """The first of some names."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

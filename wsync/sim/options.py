@@ -73,6 +73,8 @@ class SimOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             the first write; None for two messages each.
         host: what ranks without a GPU do, as measured; None for copies at the rate of the cluster file.
         detect_s: from a failure until peers act on it.
+        gpu_memory_gb: memory of one GPU, in 10^9 bytes: a run whose weights and staged buckets need more says so. None
+            if it is not known.
         jitter: every service takes its time times a number between ``1 - jitter`` and ``1 + jitter``.
         seed: of the jitter.
     """
@@ -86,6 +88,7 @@ class SimOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vote_s: float | None = None
     host: HostCosts | None = None
     detect_s: float = 0.05
+    gpu_memory_gb: float | None = None
     jitter: float = 0.0
     seed: int = 0
 
@@ -97,13 +100,13 @@ def check_options(options: SimOptions) -> None:
         ConfigError: names the option, the value and what is allowed.
     """
     for straggler in options.stragglers:
-        check_range(f"the factor of straggler {straggler.node!r}", straggler.factor, MIN_FACTOR, 1.0)
+        check_range(f"the factor of straggler {shown(straggler.node)}", straggler.factor, MIN_FACTOR, 1.0)
     for failure in options.failures:
-        check_range(f"the time of the failure of {failure.node!r}", failure.time_s, 0.0, MAX_TIME_S)
+        check_range(f"the time of the failure of {shown(failure.node)}", failure.time_s, 0.0, MAX_TIME_S)
     names = [s.node for s in options.stragglers]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"node {name!r} is a straggler {names.count(name)} times, allowed is once")
+            raise ConfigError(f"node {shown(name)} is a straggler {names.count(name)} times, allowed is once")
     for field in ("start_s", "vote_s"):
         if getattr(options, field) is not None:
             check_range(field, getattr(options, field), 0.0, MAX_TIME_S)
@@ -111,6 +114,8 @@ def check_options(options: SimOptions) -> None:
         check_range("host.rank_gbps", options.host.rank_gbps, 1e-6, MAX_RATE_GBPS)
         for field in ("pack", "hop", "install"):
             check_range(f"host.{field}", getattr(options.host, field), 0.0, 1e6)
+    if options.gpu_memory_gb is not None:
+        check_range("gpu_memory_gb", options.gpu_memory_gb, 1e-3, 1e6)
     check_range("detect_s", options.detect_s, 0.0, MAX_TIME_S)
     check_range("jitter", options.jitter, 0.0, 0.99)
 
@@ -139,8 +144,8 @@ def parse_straggler(text: str) -> Straggler:
     """
     node, colon, factor = text.rpartition(":")
     if not (colon and node):
-        raise ConfigError(f"straggler {text!r} is not NODE:FACTOR, such as trainer-3:0.5")
-    return Straggler(node, _number(factor, f"the factor of straggler {text!r}"))
+        raise ConfigError(f"straggler {shown(text)} is not NODE:FACTOR, such as trainer-3:0.5")
+    return Straggler(node, parse_number(factor, f"the factor of straggler {shown(text)}"))
 
 
 def parse_failure(text: str) -> Failure:
@@ -149,15 +154,40 @@ def parse_failure(text: str) -> Failure:
     Raises:
         ConfigError: the text is something else.
     """
-    match = re.fullmatch(r"(?P<node>[^@]+?)(/(?P<nic>\d+))?@(?P<time>[^@]+?)s?", text)
+    match = re.fullmatch(r"(?P<node>[^@]+?)(/(?P<nic>[\d_]+))?@(?P<time>[^@]+?)s?", text)
     if match is None:
-        raise ConfigError(f"failure {text!r} is not NODE@SECONDS or NODE/NIC@SECONDS, such as engine-2/0@0.3s")
-    nic = None if match["nic"] is None else int(match["nic"])
-    return Failure(match["node"], _number(match["time"], f"the time of failure {text!r}"), nic)
+        raise ConfigError(f"failure {shown(text)} is not NODE@SECONDS or NODE/NIC@SECONDS, such as engine-2/0@0.3s")
+    nic = None if match["nic"] is None else parse_index(match["nic"], f"the port of failure {shown(text)}")
+    return Failure(match["node"], parse_number(match["time"], f"the time of failure {shown(text)}"), nic)
 
 
-def _number(text: str, what: str) -> float:
-    try:
-        return float(text)
-    except ValueError as e:
-        raise ConfigError(f"{what} is {text!r}, which is not a number") from e
+def shown(text: str, limit: int = 60) -> str:
+    """What a user gave, for a message: whole if it is short."""
+    return repr(text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)")
+
+
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)")
+"""Decimal numbers as everybody writes them; `float` also takes underscores and the digits of all scripts."""
+_MAX_DIGITS = 9
+
+
+def parse_number(text: str, what: str) -> float:
+    """A decimal number in ASCII.
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    if len(text) > 400 or not _NUMBER.fullmatch(text):
+        raise ConfigError(f"{what} is {shown(text)}, which is not a number")
+    return float(text)
+
+
+def parse_index(text: str, what: str) -> int:
+    """A whole number from 0 on, in ASCII digits.
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise ConfigError(f"{what} is {shown(text)}, which is not an index: at most {_MAX_DIGITS} digits from 0 to 9")
+    return int(text)

@@ -25,6 +25,11 @@ class ReplicaResult(msgspec.Struct, frozen=True):
     fault: str = ""
     dropped_s: float | None = None
 
+    def received_until(self, horizon_s: float) -> float:
+        """When it had everything or was dropped, or else the end."""
+        ends = (self.staged_s, self.dropped_s, horizon_s)
+        return next(end for end in ends if end is not None)
+
 
 class ResourceUse(msgspec.Struct, frozen=True):
     """What one direction of one part of the cluster did.
@@ -35,7 +40,7 @@ class ResourceUse(msgspec.Struct, frozen=True):
         rate_gbps: that it has in this simulation.
         nbytes, messages: that it served. Memory of GPUs counts bytes read and written.
         busy_s: in which it did.
-        utilisation: share of the simulated seconds.
+        utilisation: share of `SimResult.horizon_s`.
     """
 
     name: str
@@ -59,8 +64,10 @@ class SimResult(msgspec.Struct, frozen=True):
 
     Attributes:
         name: of the scenario.
-        score: ``simulated_s / lower_bound_s``; None if no replica committed.
-        simulated_s: from the publish until the last replica that commits has committed.
+        score: ``simulated_s / lower_bound_s``; None unless all replicas committed, since the bound is that of all.
+        no_score: why it is None, or empty.
+        simulated_s: from the publish until the last replica that commits has committed; None if none does.
+        horizon_s: until nothing moved any more: buckets for replicas that were dropped included.
         plan_s: that the plan predicts.
         lower_bound_s: that no plan can beat.
         binding_cut: where that bound comes from.
@@ -68,7 +75,7 @@ class SimResult(msgspec.Struct, frozen=True):
         sim_wall_s: that simulating took on this machine.
         stall_s: until the trainers may change their weights.
         phases: seconds from the publish until each phase (``amax``, ``pack``, ``stage``, ``commit``) has ended
-            everywhere.
+            everywhere; None for one that was not reached.
         replicas: in order.
         resources: the busiest first.
         num_buckets, num_hops, num_events: how much was simulated.
@@ -77,6 +84,7 @@ class SimResult(msgspec.Struct, frozen=True):
         events: what failed.
         resent: buckets that were sent again because of it.
         adopted: hops that got another sender because of it.
+        notes: what to know about this run: failures that came too late, GPUs whose memory is too small.
         seed: of the jitter.
         published_s: what a peer has published for this scenario.
         format_version: of this record.
@@ -84,14 +92,16 @@ class SimResult(msgspec.Struct, frozen=True):
 
     name: str
     score: float | None
-    simulated_s: float
+    no_score: str
+    simulated_s: float | None
+    horizon_s: float
     plan_s: float
     lower_bound_s: float
     binding_cut: str
     plan_wall_s: float | None
     sim_wall_s: float
     stall_s: float
-    phases: dict[str, float]
+    phases: dict[str, float | None]
     replicas: tuple[ReplicaResult, ...]
     resources: tuple[ResourceUse, ...]
     num_buckets: int
@@ -102,6 +112,7 @@ class SimResult(msgspec.Struct, frozen=True):
     events: tuple[Event, ...] = ()
     resent: int = 0
     adopted: int = 0
+    notes: tuple[str, ...] = ()
     seed: int = 0
     published_s: float | None = None
     format_version: int = RESULT_VERSION

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from wsync.errors import ConfigError
 from wsync.plan.nodes import find_nodes
 from wsync.plan.plans import Plan
 from wsync.sim.engine import Resource
-from wsync.sim.fabric import Fabric
+from wsync.sim.fabric import Fabric, some
 from wsync.sim.faults import Faults
+from wsync.sim.memory import memory_notes
 from wsync.sim.model import build_work
 from wsync.sim.options import Failure, SimOptions, Straggler, check_options
 from wsync.sim.result import Event, ReplicaResult, ResourceUse, SimResult
-from wsync.sim.sync import Sync
+from wsync.sim.sync import Replica, Sync
 from wsync.spec.cluster import Cluster, check_cluster
 from wsync.spec.manifest import SinkManifest, SourceManifest
 
@@ -58,6 +60,8 @@ class Simulation:
         for straggler in options.stragglers:
             fabric.node_index(straggler.node)
         self._plan = plan
+        _check_without(options, sink)
+        self._memory_notes = memory_notes(plan, source, sink, nodes, options)
         self._work = build_work(plan, source, sink, fabric, offloaded=options.offloaded)
         messages_s = 2 * nodes.cluster.alpha_s
         self._sync = Sync(
@@ -93,12 +97,15 @@ class Simulation:
         seconds = self._sync.run()
         wall_s = time.perf_counter() - begin
         plan, sync = self._plan, self._sync
-        committed = any(r.commit_s is not None for r in sync.replicas.values())
         bound = plan.lower_bound_s
+        no_score = _no_score(sync.replicas.values(), bound)
+        late = (f"{words} at {t:g} s, after the end: this changed nothing" for t, words in self._faults.late)
         return SimResult(
             name=name,
-            score=seconds / bound if committed and bound > 0 else None,
+            score=None if no_score or seconds is None else seconds / bound,
+            no_score=no_score,
             simulated_s=seconds,
+            horizon_s=sync.horizon_s,
             plan_s=plan.time_s,
             lower_bound_s=bound,
             binding_cut=plan.binding_cut,
@@ -108,14 +115,14 @@ class Simulation:
             phases={
                 "amax": sync.times.amax_s,
                 "pack": sync.times.packed_s,
-                "stage": sync.times.staged_s,
+                "stage": sync.times.staged_s or None,
                 "commit": seconds,
             },
             replicas=tuple(
                 ReplicaResult(r.name, r.state, r.staged_s, r.commit_s, r.fault, r.dropped_s)
                 for r in sync.replicas.values()
             ),
-            resources=_uses(self.resources, seconds),
+            resources=_uses(self.resources, sync.horizon_s),
             num_buckets=len(sync.buckets),
             num_hops=sum(len(b.stream.road.sinks) - 1 for b in sync.buckets),
             num_events=sync.engine.num_events,
@@ -124,6 +131,7 @@ class Simulation:
             events=tuple(Event(t, words) for t, words in self._faults.log),
             resent=self._faults.resent,
             adopted=self._faults.adopted,
+            notes=(*self._memory_notes, *late),
             seed=self._options.seed,
             published_s=published_s,
         )
@@ -162,6 +170,25 @@ def simulate(
         failures=(*options.failures, *failures),
     )
     return Simulation(plan, source, sink, cluster, options).run(name)
+
+
+def _check_without(options: SimOptions, sink: SinkManifest) -> None:
+    """A plan has the replicas that it has: those that are not there had to be left out of the manifest."""
+    names = list(dict.fromkeys(rank.replica for rank in sink.ranks))
+    for name in options.without:
+        if name in names:
+            raise ConfigError(
+                f"replica {name!r} should not be there, but the plan and the manifest have it",
+                hint="make both without it; wsync simulate --without does so",
+            )
+
+
+def _no_score(replicas: Iterable[Replica], bound_s: float) -> str:
+    """Why there is no score, or empty."""
+    left = [r.name for r in replicas if r.commit_s is None]
+    if left:
+        return f"the bound is that of all replicas, and {len(left)} did not commit: {some(left)}"
+    return "" if bound_s > 0 else "the bound is 0 s"
 
 
 def _uses(resources: Sequence[Resource], seconds: float) -> tuple[ResourceUse, ...]:

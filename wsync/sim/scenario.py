@@ -19,7 +19,7 @@ import msgspec
 from wsync.errors import ConfigError, FormatVersionError, ManifestError, WireError
 from wsync.plan import Plan, decode_plan, make_plan
 from wsync.plan.types import PlanOptions
-from wsync.sim.options import SimOptions, check_options, nearest
+from wsync.sim.options import SimOptions, check_options, nearest, shown
 from wsync.sim.presets import PRESETS, find_preset
 from wsync.spec.cluster import Cluster, load_cluster
 from wsync.spec.files import read_file
@@ -122,7 +122,12 @@ def open_scenario(name_or_path: str) -> Scenario:
 
 
 def _is_path(text: str) -> bool:
-    return "/" in text or text.endswith(".json") or Path(text).exists()
+    if "/" in text or text.endswith(".json"):
+        return True
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than any name may be
+        return False
 
 
 def _load(path: Path) -> Scenario:

@@ -20,9 +20,8 @@ def trace_of(result: SimResult, resources: Sequence[Resource]) -> dict[str, Any]
     events += [_meta("process_name", pid, 0, node) for node, pid in nodes.items()]
     for tid, replica in enumerate(result.replicas):
         events.append(_meta("thread_name", 0, tid, replica.name))
-        ends = (replica.staged_s, replica.dropped_s, result.simulated_s)
-        staged_s = next(end for end in ends if end is not None)
-        events.append(_span("receive" if not replica.fault else replica.fault, 0, tid, 0.0, staged_s))
+        received_s = replica.received_until(result.horizon_s)
+        events.append(_span("receive" if not replica.fault else replica.fault, 0, tid, 0.0, received_s))
         if replica.commit_s is not None and replica.staged_s is not None:
             events.append(_span("commit", 0, tid, replica.staged_s, replica.commit_s))
     for tid, resource in enumerate(tracks):

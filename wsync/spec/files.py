@@ -26,8 +26,8 @@ def read_file(path: str | Path, max_bytes: int, what: str = "") -> bytes:
         with Path(path).open("rb") as file:
             data = file.read(max_bytes + 1)
             size = os.fstat(file.fileno()).st_size
-    except OSError as e:
-        raise ConfigError(f"{name} cannot be read: {e.strerror}") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise ConfigError(f"{name} cannot be read: {getattr(e, 'strerror', e)}") from e
     if len(data) > max_bytes:
         raise ConfigError(f"{name} has {max(size, len(data))} bytes or more, allowed are {max_bytes}")
     return data

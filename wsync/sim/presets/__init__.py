@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wsync.errors import ConfigError
-from wsync.sim.options import nearest
+from wsync.sim.options import nearest, shown
 from wsync.sim.presets.preset import Preset, Published
 from wsync.sim.presets.published import PUBLISHED
 from wsync.sim.presets.shapes import SHAPES
@@ -21,7 +21,7 @@ def find_preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     raise ConfigError(
-        f"{name!r} is neither a preset nor a file; presets are {', '.join(PRESETS)}", hint=nearest(name, PRESETS)
+        f"{shown(name)} is neither a preset nor a file; presets are {', '.join(PRESETS)}", hint=nearest(name, PRESETS)
     )
 
 

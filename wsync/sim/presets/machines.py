@@ -1,14 +1,17 @@
 """Nodes that presets are made of. Rates are GB/s in one direction.
 
-NVLink, PCIe and ports are in `design/topology.md` with their sources: 18 NVLink 4 links of 25 GB/s (H100, H200, H20) or
-NVLink 5 links of 50 GB/s (GB200), H2D over PCIe Gen5 measured at 55.4, eight ports of 400 Gb/s per node of eight GPUs,
-four per GB200 tray. Memory rates are those of NVIDIA's data sheets: H100 SXM 3350, H200 4800, H20 4000, B200 8000.
+Sources: NVIDIA's data sheets for H100, H200, H20 and GB200 NVL72 say memory rates (H100 SXM 3350, H200 4800, H20 4000,
+B200 8000) and NVLink: 900 GB/s both ways of 18 NVLink 4 links (H100, H200, H20), 1800 of 18 NVLink 5 links (GB200). DGX
+H100's has eight ports of 400 Gb/s for eight GPUs, a GB200 compute tray four for four. PCIe is 55.4 GB/s of the 63 that
+Gen5 x16 offers: what `nvbandwidth` reports from host to device on H100.
 """
 
 from __future__ import annotations
 
 from wsync.spec.cluster import Nic, NicPath, NodeGroup
 
+H100_GB, H200_GB, H20_GB, GB200_GB = 80.0, 141.0, 96.0, 186.0
+"""Memory of one GPU, of the same data sheets."""
 RDMA_ALPHA_S = 5e-6
 """What one message costs beside its bytes: posting it, and its completion. An assumption, the same for all presets."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from wsync.plan.types import PlanOptions
 from wsync.sim.options import SimOptions
+from wsync.sim.presets.machines import H100_GB
 from wsync.spec.cluster import Cluster, NodeGroup
 from wsync.spec.manifest import SinkManifest, SourceManifest
 
@@ -16,7 +17,7 @@ class Published:
 
     Attributes:
         seconds: of a whole update; the better one where a range is given.
-        source: who says so.
+        source: who says so, and where.
     """
 
     seconds: float
@@ -37,7 +38,7 @@ class Preset:
         trainers, engines: names of the groups whose GPUs run them, every one of them.
         assumptions: what is not published, or was left out, and what is taken for it.
         published: what a peer needs for it, or None.
-        bound_s: the lower bound that the design gives for it, or None where sizes are not published.
+        bound_s: the lower bound that its sizes give by hand, or None where sizes are not published.
         options: of the plan.
         sim: of the simulation.
     """
@@ -55,7 +56,7 @@ class Preset:
     published: Published | None = None
     bound_s: float | None = None
     options: PlanOptions = field(default_factory=PlanOptions)
-    sim: SimOptions = field(default_factory=lambda: SimOptions(install="in_place"))
+    sim: SimOptions = field(default_factory=lambda: SimOptions(install="in_place", gpu_memory_gb=H100_GB))
 
     def build(self) -> tuple[SourceManifest, SinkManifest, Cluster, PlanOptions]:
         """Both manifests, the cluster, and how to plan."""

@@ -1,8 +1,13 @@
-"""Updates whose times peers have published. Times and lower bounds: the table of `design/planning.md`."""
+"""Updates whose times peers have published, with the page that says so.
+
+Lower bounds follow from the sizes by hand: unique wire bytes of a replica over what its nodes receive, or over what the
+trainer's nodes send, at 400 GB/s per node of eight GPUs.
+"""
 
 from __future__ import annotations
 
-from wsync.sim.presets.machines import RDMA_ALPHA_S, gb200, h20, h100, h200
+from wsync.sim.options import SimOptions
+from wsync.sim.presets.machines import GB200_GB, H20_GB, H200_GB, RDMA_ALPHA_S, gb200, h20, h100, h200
 from wsync.sim.presets.preset import Preset, Published
 from wsync.spec.cluster import Cluster, NodeGroup
 
@@ -41,7 +46,10 @@ def _kimi(name: str, title: str, engines: int, layout: str, bound_s: float, publ
     )
 
 
-_PERPLEXITY = Published(1.3, "Perplexity, weight transfer for RL of trillion-parameter models; table of planning.md")
+_PERPLEXITY = Published(
+    1.3,
+    "Perplexity, Weight Transfer for RL Post-Training in under 2 seconds, 2025-09-24: https://research.perplexity.ai/articles/weight-transfer-for-rl-post-training-in-under-2-seconds",
+)
 
 PUBLISHED: tuple[Preset, ...] = (
     Preset(
@@ -55,14 +63,14 @@ PUBLISHED: tuple[Preset, ...] = (
         "trainer",
         "engine",
         (
-            _LAYOUT.format("Megatron-Core with tp=2, pp=4, ep=32 is taken"),
-            "a replica has 16 ranks (2 nodes): the size that planning.md's bound follows from",
+            "the trainer is Megatron-Core with tp=2, pp=4, ep=32; the page has TP8, PP8, EP32",
+            "16 replicas of 16 ranks (2 nodes), as on the page",
             "the text decoder only",
             _ATTENTION,
             _APART,
             _IN_PLACE,
         ),
-        Published(1.97, "NeMo-RL reshard, 1.97 to 2.17 s; table of planning.md"),
+        Published(1.97, "NeMo-RL, NCCL-Reshard refit, 1.97 to 2.17 s: https://github.com/NVIDIA-NeMo/RL/pull/2971"),
         0.99,
     ),
     Preset(
@@ -76,14 +84,14 @@ PUBLISHED: tuple[Preset, ...] = (
         "trainer",
         "engine",
         (
-            _LAYOUT.format("Megatron-Core with tp=8, pp=8, ep=32 is taken"),
-            "a replica has 32 ranks (4 nodes)",
+            "the trainer is Megatron-Core with tp=8, pp=8, ep=32; the page has PP16, EP16",
+            "8 replicas of 32 ranks (4 nodes), as on the page",
             "without the layer that predicts a second token",
             _ATTENTION,
             _APART,
             _IN_PLACE,
         ),
-        Published(2.39, "NeMo-RL reshard, 2.39 to 2.83 s; table of planning.md"),
+        Published(2.39, "NeMo-RL, NCCL-Reshard refit, 2.39 to 2.83 s: https://github.com/NVIDIA-NeMo/RL/pull/2971"),
         0.84,
     ),
     _kimi(
@@ -122,7 +130,10 @@ PUBLISHED: tuple[Preset, ...] = (
             _APART,
             _IN_PLACE,
         ),
-        Published(2.84, "prime-rl; table of planning.md"),
+        Published(
+            2.84, "prime-rl, pipelined NIXL weight pulls: https://github.com/PrimeIntellect-ai/prime-rl/pull/3341"
+        ),
+        sim=SimOptions(install="in_place", gpu_memory_gb=H200_GB),
     ),
     Preset(
         "vllm-rdt-qwen3-235b",
@@ -135,7 +146,7 @@ PUBLISHED: tuple[Preset, ...] = (
         "trainer",
         "engine",
         ("the trainer is FSDP2 over all ranks", "one replica of 8 ranks", _APART, _IN_PLACE),
-        Published(3.2, "vLLM RDT; table of planning.md"),
+        Published(3.2, "vLLM, P2P RDT weight sync, 3.2 to 3.3 s: https://github.com/vllm-project/vllm/pull/43375"),
         1.18,
     ),
     _kimi(
@@ -144,7 +155,9 @@ PUBLISHED: tuple[Preset, ...] = (
         32,
         "tp=16,dp=2,ep=32,replicas=8",
         0.64,
-        Published(7.2, "miles P2P; table of planning.md"),
+        Published(
+            7.2, "LMSYS, Updating 1T parameters in seconds, 2026-04-29: https://lmsys.org/blog/2026-04-29-p2p-update"
+        ),
         "a replica has 32 ranks (4 nodes)",
         "nodes are those of H100",
     ),
@@ -162,12 +175,16 @@ PUBLISHED: tuple[Preset, ...] = (
             "every GPU holds a 256th part of the new weights and serves as a rank of an engine as well",
             "a replica has 16 ranks (2 nodes)",
             "weights are quantised while they are packed; checkpoint-engine sends a checkpoint that is fp8 already",
-            "a node need not receive the 32nd part that it holds itself, which planning.md's bound of 1.29 leaves out",
+            "a node need not receive the 32nd part that it holds itself, so the bound is 31/32 of 1.29",
             _ATTENTION,
             _IN_PLACE,
         ),
-        Published(16.0, "checkpoint-engine; table of planning.md"),
+        Published(
+            16.0,
+            "checkpoint-engine, README, broadcast to 256 H20 in 16.04 s: https://github.com/MoonshotAI/checkpoint-engine",
+        ),
         1.25,
+        sim=SimOptions(install="in_place", gpu_memory_gb=H20_GB),
     ),
     Preset(
         "m2n-dsv3",
@@ -187,7 +204,8 @@ PUBLISHED: tuple[Preset, ...] = (
             _APART,
             _IN_PLACE,
         ),
-        Published(1.45, "m2n; table of planning.md"),
+        Published(1.45, "NCCL M2N: https://github.com/NVIDIA/nccl-extensions/tree/main/nccl_m2n"),
         0.215,
+        sim=SimOptions(install="in_place", gpu_memory_gb=GB200_GB),
     ),
 )
