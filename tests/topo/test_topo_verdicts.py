@@ -1,0 +1,96 @@
+"""Verdicts that were once wrong: faults that went unseen, and healthy machines that raised an alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from wsync.topo.findings import Finding
+from wsync.topo.parse import read_texts
+from wsync.topo.report import Report, check_topology
+
+EVERY = range(8)
+
+
+def near(gpu: int, nic: int) -> str:
+    """Each GPU has the NIC of its number on its switch, and two sockets have four of both."""
+    return "PIX" if gpu == nic else "NODE" if gpu // 4 == nic // 4 else "SYS"
+
+
+def matrix(
+    gpus: Sequence[int],
+    cell: Callable[[int, int], str],
+    nics: Sequence[str] = (),
+    nic_cell: Callable[[int, int], str] = near,
+    between: Callable[[int, int], str] = lambda a, b: "NODE",
+    sockets: int = 2,
+) -> str:
+    """What ``nvidia-smi topo -m`` prints of GPUs and NICs."""
+    columns = [*(f"GPU{i}" for i in gpus), *nics]
+    lines = ["\t" + "\t".join(columns) + "\tCPU Affinity\tNUMA Affinity"]
+    for i in gpus:
+        cells = [*(" X " if i == j else cell(i, j) for j in gpus), *(nic_cell(i, j) for j in range(len(nics)))]
+        socket = i * sockets // 8
+        lines.append("\t".join([f"GPU{i}", *cells, f"{48 * socket}-{48 * socket + 47}", str(socket)]))
+    for a, name in enumerate(nics):
+        own = [" X " if a == b else between(a, b) for b in range(len(nics))]
+        lines.append("\t".join([name, *(nic_cell(i, a) for i in gpus), *own]))
+    return "\n".join([*lines, ""])
+
+
+def nv(links: int) -> Callable[[int, int], str]:
+    return lambda i, j: f"NV{links}"
+
+
+def alive(*gpus: int, links: int = 18) -> Callable[[int, int], str]:
+    """The GPUs that still have NVLink; all others have lost it."""
+    return lambda i, j: f"NV{links}" if {i, j} <= set(gpus) else "SYS"
+
+
+def smi(
+    model: str, gpus: Sequence[int] = EVERY, links: int = 18, down: Sequence[int] = (), rate: float = 26.562
+) -> str:
+    """What ``nvidia-smi nvlink -s`` prints."""
+    lines = []
+    for gpu in gpus:
+        lines.append(f"GPU {gpu}: {model} (UUID: GPU-00000000-0000-0000-0000-00000000000{gpu})")
+        lines += [f"\t Link {i}: {'<inactive>' if i in down else f'{rate} GB/s'}" for i in range(links)]
+    return "\n".join([*lines, ""])
+
+
+def listing(model: str, count: int = 2) -> str:
+    rows = [f"{model}, {i}, 00000000:{i + 1:02x}:00.0" for i in range(count)]
+    return "\n".join(["name, index, pci.bus_id", *rows, ""])
+
+
+def judge(*texts: str) -> Report:
+    return check_topology(read_texts((f"file{i}", text) for i, text in enumerate(texts)), None)
+
+
+def found(report: Report, finding_id: str) -> Finding:
+    (finding,) = [f for f in report.all_findings() if f.id == finding_id]
+    return finding
+
+
+def ids(report: Report) -> list[str]:
+    return [f.id for f in report.all_findings()]
+
+
+# A GPU that is not in the list
+
+
+@pytest.mark.parametrize("gpus", [range(7), [0, 1, 2, 4, 5, 6, 7], range(15), [0, 1, 3]])
+def test_a_switched_board_that_lacks_a_gpu_is_noticed_without_its_model(gpus):
+    report = judge(matrix(gpus, nv(18)))
+    assert report.verdict == "WARN"
+    assert found(report, "gpu.count").severity == "WARN"
+
+
+def test_the_index_that_is_left_out_is_named():
+    assert "GPU3" in found(judge(matrix([0, 1, 2, 4, 5, 6, 7], nv(18))), "gpu.count").evidence
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_whole_boards_and_small_parts_raise_no_alarm(count):
+    assert "gpu.count" not in ids(judge(matrix(range(count), nv(18))))
