@@ -94,3 +94,30 @@ def test_the_index_that_is_left_out_is_named():
 @pytest.mark.parametrize("count", [2, 4, 8, 16])
 def test_whole_boards_and_small_parts_raise_no_alarm(count):
     assert "gpu.count" not in ids(judge(matrix(range(count), nv(18))))
+
+
+# Boards of which most GPUs have lost NVLink
+
+
+@pytest.mark.parametrize("left", [(0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4), tuple(range(7))])
+@pytest.mark.parametrize("named", [False, True])
+def test_whoever_has_lost_nvlink_is_named_however_many_they_are(left, named):
+    texts = [matrix(EVERY, alive(*left))]
+    if named:
+        texts.append(listing("NVIDIA H100 80GB HBM3", 8))
+    report = judge(*texts)
+    (machine,) = report.machines
+    assert (report.verdict, machine.joined, machine.links) == ("CRIT", "switch", 18)
+    lost = {d for f in machine.findings if f.id == "nvlink.gpu-isolated" for d in f.subject.devices}
+    assert lost == {f"GPU{i}" for i in EVERY if i not in left}
+    assert "platform.mismatch" not in ids(report)
+
+
+def test_pairs_of_h200_nvl_are_bridges_although_they_have_18_links():
+    report = judge(matrix(EVERY, lambda i, j: "NV18" if i // 2 == j // 2 else "SYS"))
+    assert (report.verdict, report.machines[0].joined) == ("OK", "bridge")
+
+
+def test_islands_of_four_with_six_links_to_each_peer_are_meshes():
+    report = judge(matrix(EVERY, lambda i, j: "NV6" if i // 4 == j // 4 else "SYS"), listing("NVIDIA H200 NVL", 8))
+    assert (report.machines[0].joined, report.machines[0].links) == ("mesh", 18)
