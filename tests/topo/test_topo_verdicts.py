@@ -121,3 +121,30 @@ def test_pairs_of_h200_nvl_are_bridges_although_they_have_18_links():
 def test_islands_of_four_with_six_links_to_each_peer_are_meshes():
     report = judge(matrix(EVERY, lambda i, j: "NV6" if i // 4 == j // 4 else "SYS"), listing("NVIDIA H200 NVL", 8))
     assert (report.machines[0].joined, report.machines[0].links) == ("mesh", 18)
+
+
+# Inputs that say nothing, or what cannot be
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mlx5_0\t X \tPIX\nmlx5_1\tPIX\t X \n",
+        "mlx5_0\t X \tPIX\n",
+        "GPU0\t X \t" + "NV18 " * 300_000,
+        "\tGPU-1\tGPU0\nGPU-1\t X \tNV18\nGPU0\tNV18\t X \n",
+        "\tGPU-1\tGPU0\tGPU1\nGPU-1\t X \tNV18\tNV18\nGPU0\tNV18\t X \tNV18\nGPU1\tNV18\tNV18\t X \n",
+        "GPU0\t X \tNV18\tNV18\tNV18\tNV18\tNV18\tNV18\tNV18\t0-47\t0\n",
+    ],
+    ids=["no GPU", "one NIC", "one endless line", "an index below 0", "three GPUs, one below 0", "one row of eight"],
+)
+def test_nothing_is_said_of_an_input_that_describes_no_machine(text):
+    assert judge(text).verdict == "UNKNOWN"
+
+
+@pytest.mark.parametrize("links", [37, 99])
+def test_more_links_than_any_gpu_has_are_an_error_of_the_input(links):
+    report = judge(matrix(EVERY, nv(links)))
+    assert report.verdict == "UNKNOWN"
+    assert f"NV{links}" in found(report, "input.unreadable").evidence
+    assert judge(matrix(EVERY, nv(36))).verdict == "OK"
