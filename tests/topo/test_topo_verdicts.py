@@ -148,3 +148,33 @@ def test_more_links_than_any_gpu_has_are_an_error_of_the_input(links):
     assert report.verdict == "UNKNOWN"
     assert f"NV{links}" in found(report, "input.unreadable").evidence
     assert judge(matrix(EVERY, nv(36))).verdict == "OK"
+
+
+# Links of a model
+
+
+@pytest.mark.parametrize(
+    ("model", "links"),
+    [
+        ("NVIDIA H800 PCIe", 8), ("NVIDIA H800", 8), ("NVIDIA H100 PCIe", 12), ("NVIDIA H100 NVL", 12),
+        ("NVIDIA H100 80GB HBM3", 18), ("NVIDIA A30", 4), ("NVIDIA RTX A6000", 4), ("NVIDIA RTX A4000", 0),
+        ("NVIDIA GeForce RTX 3090 Ti", 4), ("NVIDIA GeForce RTX 3080", 0), ("NVIDIA GeForce RTX 3060", 0),
+        ("NVIDIA GeForce RTX 2080 Ti", 2), ("NVIDIA GeForce RTX 2080", 1), ("NVIDIA GeForce RTX 2080 SUPER", 1),
+        ("Quadro RTX 8000", 2), ("Quadro RTX 5000", 1), ("Quadro RTX 4000", 0), ("NVIDIA A100-SXM4-40GB", 12),
+        ("NVIDIA A100 80GB PCIe", 12), ("NVIDIA A100-PCIE-40GB", 12), ("NVIDIA RTX 4000 Ada Generation", 0),
+    ],
+)  # fmt: skip
+def test_a_pair_with_the_links_of_its_model_is_well_and_with_fewer_is_not(model, links):
+    shown = f"NV{links}" if links else "PHB"
+    report = judge(matrix(range(2), lambda i, j: shown), listing(model))
+    assert report.machines[0].links == links
+    assert "CRIT" not in {f.severity for f in report.all_findings()}
+    assert not {"nvlink.pair-missing", "platform.mismatch", "nvlink.none"} & set(ids(report))
+    if links > 1:
+        less = judge(matrix(range(2), nv(links - 1)), listing(model))
+        assert less.verdict == "CRIT"
+
+
+def test_cards_without_nvlink_that_may_be_peers_raise_no_alarm():
+    report = judge(matrix(range(2), lambda i, j: "PHB"), listing("NVIDIA RTX A4000"))
+    assert (report.verdict, found(report, "nvlink.none-by-design").severity) == ("OK", "INFO")

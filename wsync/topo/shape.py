@@ -70,7 +70,8 @@ def _is_mesh(rows: dict[int, dict[int, int]], biggest: int, profile: Profile) ->
     if biggest < SWITCH_COUNTS[0]:
         return True
     if profile.links is not None:
-        return biggest < profile.links and total <= profile.links
+        # A mesh of three or more spreads its links: one pair with most of them is on a switch that lacks some.
+        return 2 * biggest <= profile.links and total <= profile.links
     pairs = Counter(n for counts in rows.values() for n in counts.values())
     if biggest > BRIDGE_LINKS or (total > max(MESH_TOTALS) and total % biggest == 0):
         # No GPU of a mesh has so many links: each row repeats the links to the switch.
