@@ -178,3 +178,53 @@ def test_a_pair_with_the_links_of_its_model_is_well_and_with_fewer_is_not(model,
 def test_cards_without_nvlink_that_may_be_peers_raise_no_alarm():
     report = judge(matrix(range(2), lambda i, j: "PHB"), listing("NVIDIA RTX A4000"))
     assert (report.verdict, found(report, "nvlink.none-by-design").severity) == ("OK", "INFO")
+
+
+# Ports of another network, and ports that nobody plugged in
+
+
+NICS = [f"mlx5_{i}" for i in EVERY]
+
+
+def ibstatus(*ports: tuple[str, int, str, str]) -> str:
+    """Name, Gbit/s, state and link layer of each port."""
+    return "\n".join(
+        f"Infiniband device '{name}' port 1 status:\n\tdefault gid:\t fe80::1\n\tbase lid:\t 0x1\n\tsm lid:\t\t 0x1\n"
+        f"\tstate:\t\t {state}\n\tphys state:\t 5: LinkUp\n\trate:\t\t {rate} Gb/sec (4X NDR)\n\tlink_layer:\t {layer}\n"
+        for name, rate, state, layer in ports
+    )
+
+
+def up(name: str, rate: int = 400, layer: str = "InfiniBand") -> tuple[str, int, str, str]:
+    return name, rate, "4: ACTIVE", layer
+
+
+def down(name: str) -> tuple[str, int, str, str]:
+    return name, 400, "1: DOWN", "InfiniBand"
+
+
+def beside_gpu5(gpu: int, nic: int) -> str:
+    return near(gpu, nic if nic < 8 else 5)
+
+
+@pytest.mark.parametrize("rate", [25, 200, 400])
+def test_a_storage_port_beside_a_gpu_is_not_of_the_compute_network(rate):
+    table = matrix(EVERY, nv(18), [*NICS, "mlx5_bond_0"], beside_gpu5)
+    report = judge(table, ibstatus(*map(up, NICS), up("mlx5_bond_0", rate, "Ethernet")))
+    (machine,) = report.machines
+    assert report.verdict == "OK", ids(report)
+    assert found(report, "nic.not-compute").subject.devices == ("mlx5_bond_0",)
+    assert machine.compute_nics == tuple(NICS)
+    assert "mlx5_bond_0" not in machine.nic_of_gpu.values()
+
+
+def test_a_port_of_the_compute_network_that_runs_ethernet_is_an_alarm():
+    ports = [up(n, layer="Ethernet" if n == "mlx5_3" else "InfiniBand") for n in NICS]
+    report = judge(matrix(EVERY, nv(18), NICS), ibstatus(*ports))
+    assert report.verdict == "WARN"
+    assert found(report, "nic.layer-differs").subject.devices == ("mlx5_3",)
+
+
+def test_a_network_of_ethernet_alone_is_well():
+    report = judge(matrix(EVERY, nv(18), NICS), ibstatus(*(up(n, layer="Ethernet") for n in NICS)))
+    assert (report.verdict, len(report.machines[0].compute_nics)) == ("OK", 8)

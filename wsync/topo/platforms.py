@@ -19,7 +19,7 @@ from wsync.topo.model import Gpu, Machine
 SWITCH_COUNTS = (6, 8, 12, 18, 36)
 """Links per GPU of boards with NVSwitch: V100, A800 and H800, A100, H100 and Blackwell, Rubin."""
 PAIR_COUNTS = (1, 2, 4, 6, 8, 12, 18, 36)
-"""Links that a healthy pair may show: bridges (Turing 1 or 2, Ampere 4, A100 and H100 12) or two GPUs of a larger board."""
+"""Links that a healthy pair may show: bridges (Turing 1 or 2, Ampere 4, A100 and H100 12) or two GPUs of a board."""
 
 
 class Profile(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from wsync.topo.checks.base import Case, names
 from wsync.topo.findings import Finding, Severity
 from wsync.topo.model import KIND_RANK, LOCAL_RANK, Gpu, Nic
-from wsync.topo.nics import compute_nics
+from wsync.topo.nics import compute_nics, foreign_nics
 from wsync.topo.reference import NIC_RATES_GBIT
 
 
@@ -38,7 +38,9 @@ def _has_other(case: Case, gpu: Gpu) -> bool:
 
 
 def _check_rates(case: Case) -> Iterator[Finding]:
-    rated = [n for n in case.view.nics if n.rate_gbit is not None]
+    foreign = foreign_nics(case.view)
+    yield from _check_layers(case, foreign)
+    rated = [n for n in case.view.nics if n.rate_gbit is not None and n not in foreign]
     if not rated:
         return
     near = {n.label for n in rated if any(case.view.is_local(g, n) for g in case.view.gpus)}
@@ -77,6 +79,33 @@ def _check_rates(case: Case) -> Iterator[Finding]:
             "a standard rate",
             "a port whose lanes or host link are degraded may report so; compare with ibstatus",
         )
+
+
+def _check_layers(case: Case, foreign: tuple[Nic, ...]) -> Iterator[Finding]:
+    """Near ports of another link layer: of another network, or a port of this one that was set wrongly."""
+    if not foreign:
+        return
+    own = [n for n in case.view.nics if n not in foreign and n.link_layer and _is_near(case, n)]
+    usual = Counter(n.rate_gbit for n in own).most_common(1)[0][0]
+    num_gpus = len(case.view.gpus)
+    # As many ports as GPUs, or a share of it, are a whole network; a port of the same rate completes one that is not.
+    whole = len(own) % num_gpus == 0 or num_gpus % len(own) == 0
+    flipped = [] if whole else [n for n in foreign if n.rate_gbit == usual]
+    for nics, finding_id in ((flipped, "nic.layer-differs"), ([n for n in foreign if n not in flipped], "")):
+        if nics:
+            shown = ", ".join(f"{n.label} {n.link_layer}" for n in nics[:8])
+            yield case.finding(
+                finding_id or "nic.not-compute",
+                "WARN" if finding_id and not case.declared else "INFO",
+                nics,
+                f"{shown}, the other {len(own)} near ports are {own[0].link_layer}",
+                f"{own[0].link_layer} as the others" if finding_id else "",
+                "set the port's type with mlxconfig (LINK_TYPE_P1)" if finding_id else "leave it out of NCCL_IB_HCA",
+            )
+
+
+def _is_near(case: Case, nic: Nic) -> bool:
+    return any(case.view.is_local(g, nic) for g in case.view.gpus)
 
 
 def check_locality(case: Case) -> Iterator[Finding]:
