@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from wsync.topo.findings import Finding
+from wsync.topo.model import Gpu, Machine, Nic, Path
 from wsync.topo.parse import read_texts
-from wsync.topo.report import Report, check_topology
+from wsync.topo.report import Report, check_machine, check_topology
 
 EVERY = range(8)
 
@@ -190,7 +191,8 @@ def ibstatus(*ports: tuple[str, int, str, str]) -> str:
     """Name, Gbit/s, state and link layer of each port."""
     return "\n".join(
         f"Infiniband device '{name}' port 1 status:\n\tdefault gid:\t fe80::1\n\tbase lid:\t 0x1\n\tsm lid:\t\t 0x1\n"
-        f"\tstate:\t\t {state}\n\tphys state:\t 5: LinkUp\n\trate:\t\t {rate} Gb/sec (4X NDR)\n\tlink_layer:\t {layer}\n"
+        f"\tstate:\t\t {state}\n\tphys state:\t 5: LinkUp\n\trate:\t\t {rate} Gb/sec (4X NDR)\n"
+        f"\tlink_layer:\t {layer}\n"
         for name, rate, state, layer in ports
     )
 
@@ -228,3 +230,58 @@ def test_a_port_of_the_compute_network_that_runs_ethernet_is_an_alarm():
 def test_a_network_of_ethernet_alone_is_well():
     report = judge(matrix(EVERY, nv(18), NICS), ibstatus(*(up(n, layer="Ethernet") for n in NICS)))
     assert (report.verdict, len(report.machines[0].compute_nics)) == ("OK", 8)
+
+
+DUAL = [f"mlx5_{i}" for i in range(16)]
+
+
+def beside_card(gpu: int, port: int) -> str:
+    return near(gpu, port // 2)
+
+
+def on_a_card(a: int, b: int) -> str:
+    return "PIX" if a // 2 == b // 2 else "NODE"
+
+
+def test_second_ports_that_nobody_plugged_in_raise_no_alarm():
+    table = matrix(EVERY, nv(18), DUAL, beside_card, on_a_card)
+    report = judge(table, ibstatus(*((down if i % 2 else up)(n) for i, n in enumerate(DUAL))))
+    assert report.verdict == "OK"
+    assert [f.severity for f in report.all_findings() if f.id == "nic.down"] == ["INFO"] * 8
+
+
+def test_one_port_of_many_that_is_down_is_an_alarm():
+    table = matrix(EVERY, nv(18), DUAL, beside_card, on_a_card)
+    assert judge(table, ibstatus(*((down if i == 3 else up)(n) for i, n in enumerate(DUAL)))).verdict == "WARN"
+
+
+def test_a_card_with_both_ports_down_is_a_fault():
+    table = matrix(EVERY, nv(18), DUAL, beside_card, on_a_card)
+    ports = [(down if i % 2 or i == 4 else up)(n) for i, n in enumerate(DUAL)]
+    assert judge(table, ibstatus(*ports)).verdict == "CRIT"
+
+
+def test_ports_of_one_card_are_known_by_their_bus_id():
+    def machine(second: str) -> Machine:
+        nics = (
+            Nic("mlx5_0", bus_id="0000:18:00.0", state="ACTIVE"),
+            Nic("mlx5_1", bus_id=second, state="DOWN"),
+        )
+        paths = tuple(Path("GPU0", n.label, "PIX") for n in nics)
+        return Machine(gpus=(Gpu(0),), nics=nics, paths=paths)
+
+    for second, severity in (("0000:18:00.1", "INFO"), ("0000:19:00.0", "WARN")):
+        findings = check_machine(machine(second)).findings
+        assert [f.severity for f in findings if f.id == "nic.down"] == [severity]
+
+
+# One NUMA node
+
+
+@pytest.mark.parametrize(("line", "severity"), [("ro quiet", "INFO"), ("ro numa=off quiet", "WARN"), (None, "WARN")])
+def test_one_node_is_an_alarm_unless_the_command_line_shows_that_numa_is_on(line, severity):
+    table = matrix(EVERY, nv(18), sockets=1)
+    texts = [table] if line is None else [table, f"BOOT_IMAGE=/vmlinuz root=UUID=1 {line}\n"]
+    report = judge(*texts)
+    assert (found(report, "numa.hidden").severity, report.verdict == "OK") == (severity, severity == "INFO")
+    assert "one socket" in found(report, "numa.hidden").expected

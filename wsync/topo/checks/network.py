@@ -14,6 +14,7 @@ from wsync.topo.reference import NIC_RATES_GBIT
 
 def check_ports(case: Case) -> Iterator[Finding]:
     """Ports are up; those that a GPU would use are as fast as their peers."""
+    spare = _spare_ports(case)
     for nic in case.view.nics:
         if nic.state is not None and nic.state != "ACTIVE":
             left = [g.label for g in case.view.gpus if case.view.is_local(g, nic) and not _has_other(case, g)]
@@ -22,7 +23,7 @@ def check_ports(case: Case) -> Iterator[Finding]:
             yield case.finding(
                 "nic.down",
                 # Ports that nobody plugged in are common; one that a GPU depends on is a fault.
-                "CRIT" if left else "WARN" if near or not known else "INFO",
+                "CRIT" if left else "WARN" if (near and nic not in spare) or not known else "INFO",
                 [nic],
                 f"{nic.label} is {nic.state}"
                 + (f", and {names(left)} has no other near port that is up" if left else ""),
@@ -30,6 +31,33 @@ def check_ports(case: Case) -> Iterator[Finding]:
                 "check cable, transceiver and switch port; take it out of NCCL_IB_HCA until it is up",
             )
     yield from _check_rates(case)
+
+
+def _spare_ports(case: Case) -> list[Nic]:
+    """Near ports that are down while another port of their card is up.
+
+    Ports of one card are known by bus id. Where no input gives it, they are ports one PCIe bridge apart, of which
+    one of each pair is down on every card: one cable out is a fault, the same one out everywhere is a choice.
+    """
+    near = [n for n in case.view.nics if _is_near(case, n)]
+    idle = [n for n in near if n.state not in (None, "ACTIVE")]
+    used = [n for n in near if n.state == "ACTIVE"]
+    cards = {_card(n) for n in used if n.bus_id is not None}
+    spare = [n for n in idle if n.bus_id is not None and _card(n) in cards]
+    if not spare and len(idle) > 1 and len(idle) == len(used) and not cards:
+        partners = [[u.label for u in used if _are_close(case, n, u)] for n in idle]
+        if all(partners) and len({label for some in partners for label in some}) == len(used):
+            return idle
+    return spare
+
+
+def _card(nic: Nic) -> str:
+    return (nic.bus_id or "").rpartition(".")[0]
+
+
+def _are_close(case: Case, a: Nic, b: Nic) -> bool:
+    path = case.view.path(a.label, b.label)
+    return path is not None and path.kind == "PIX"
 
 
 def _has_other(case: Case, gpu: Gpu) -> bool:
