@@ -285,3 +285,36 @@ def test_one_node_is_an_alarm_unless_the_command_line_shows_that_numa_is_on(line
     report = judge(*texts)
     assert (found(report, "numa.hidden").severity, report.verdict == "OK") == (severity, severity == "INFO")
     assert "one socket" in found(report, "numa.hidden").expected
+
+
+# One cause of many findings
+
+
+def test_links_that_all_gpus_lack_are_those_of_a_switch():
+    report = judge(smi("NVIDIA H100 80GB HBM3", down=(0, 1, 2, 3)))
+    (root,) = report.all_findings()
+    assert (root.id, root.severity, len(root.symptoms)) == ("nvswitch.links-lost", "CRIT", 8)
+    assert "14 of 18" in root.evidence
+    both = judge(matrix(EVERY, nv(14)), smi("NVIDIA H100 80GB HBM3", down=(0, 1, 2, 3)))
+    assert [f.id for f in both.all_findings() if f.severity == "CRIT"] == ["nvswitch.links-lost"]
+
+
+def test_links_that_one_gpu_lacks_are_its_own():
+    text = smi("NVIDIA H100 80GB HBM3", range(7)) + smi("NVIDIA H100 80GB HBM3", [7], down=(2,))
+    assert ids(judge(text)) == ["nvlink.links-missing"]
+
+
+def test_a_link_that_two_gpus_of_a_mesh_lack_is_that_of_their_pair():
+    report = judge(matrix(range(4), lambda i, j: "NV3" if {i, j} == {0, 1} else "NV4"))
+    (root,) = [f for f in report.all_findings() if f.severity == "CRIT"]
+    assert (root.id, root.subject.devices) == ("nvlink.pair-missing", ("GPU0", "GPU1"))
+    assert [f.id for f in root.symptoms] == ["nvlink.links-missing"] * 2
+
+
+def test_tables_of_two_hosts_in_one_text_are_not_taken_for_one():
+    sick, well = matrix(EVERY, alive(0, 1, 3, 4, 5, 6, 7)), matrix(EVERY, nv(18))
+    for text in (f"{sick}\n{well}", f"{well}\n{sick}"):
+        report = judge(text)
+        assert report.verdict in ("WARN", "CRIT", "UNKNOWN")
+        assert "GPU2" in found(report, "sources.disagree").evidence
+    assert judge(f"{well}\n{well}").verdict == "OK"
