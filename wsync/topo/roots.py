@@ -131,7 +131,7 @@ def _short_pairs(case: Case, findings: list[Finding]) -> list[Finding]:
     for (a, b), path in case.view.gpu_paths.items():
         lack = usual - (path.links if path.kind == "NV" else 0)
         ends = (f"GPU{a}", f"GPU{b}")
-        about = [f for f in findings if f.id == "nvlink.links-missing" and f.subject.devices in ((e,) for e in ends)]
+        about = [f for f in findings if f.id == "nvlink.links-missing" and f.subject.devices in [(e,) for e in ends]]
         whole = all(sum(counts[i].values()) + lack == case.links for i in (a, b))
         if lack > 0 and whole and len(about) == len(ends):
             gpus = [g for g in case.view.gpus if g.label in ends]
