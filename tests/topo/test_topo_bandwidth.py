@@ -92,7 +92,7 @@ def test_a_ring_where_nvlink_sharp_should_be_is_named_so():
 
 def test_small_payloads_are_not_judged():
     (result,) = judge(nccl_tests("all_reduce", 100.0, size=1 << 26)).results
-    assert (result.verdict, "the largest payload is 67108864 bytes" in result.note) == ("OK", True)
+    assert (result.verdict, "the largest payload is 67108864 bytes" in result.note) == ("UNKNOWN", True)
 
 
 def test_nodes_count_and_an_unknown_size_has_no_reference():
@@ -100,6 +100,40 @@ def test_nodes_count_and_an_unknown_size_has_no_reference():
     (result,) = judge(nccl_tests("all_reduce", 27.0, gpu="NVIDIA H100 80GB HBM3", ranks=24)).results
     assert (result.reference_gbps, result.note) == (None, "no published rate of all_reduce on H100")
     assert "an unknown GPU" in judge(nccl_tests("all_reduce", 27.0, gpu="Graphics Device")).results[0].note
+
+
+def test_rates_that_nothing_is_known_of_get_no_verdict():
+    for text in (nccl_tests("all_reduce", 3.0, gpu="Graphics Device"), nvbandwidth(square(rate=3.0), gpu="Graphics")):
+        report = judge(text)
+        assert (report.verdict, [f.id for f in report.findings]) == ("UNKNOWN", ["bandwidth.not-judged"])
+        assert {r.verdict for r in report.results} == {"UNKNOWN"}
+    # One line that is judged is a verdict.
+    texts = (nccl_tests("all_reduce", 235.0), nvbandwidth(square(rate=3.0), gpu="Graphics"))
+    tables = [t for i, text in enumerate(texts) for t in parse_tables(text.encode(), f"file{i}")]
+    assert judge_tables(tables).verdict == "OK"
+
+
+@pytest.mark.parametrize(("rate", "verdict"), [(475.0, "OK"), (366.0, "WARN"), (300.0, "CRIT")])
+def test_eight_h100_are_judged_by_what_azure_accepts(rate, verdict):
+    report = judge(nccl_tests("all_reduce", rate, gpu="NVIDIA H100 80GB HBM3"))
+    assert (report.verdict, report.results[0].reference_gbps) == (verdict, 460.0)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rate"),
+    [("NVIDIA H100 80GB HBM3", 351.0), ("NVIDIA H200", 351.0), ("NVIDIA H800", 156.0), ("NVIDIA B200", 702.0)],
+)
+def test_pairs_are_judged_by_the_links_of_their_model(gpu, rate):
+    for share, verdict in ((1.0, "OK"), (0.89, "WARN"), (0.79, "CRIT")):
+        report = judge(nvbandwidth(square(rate=rate * share), gpu=gpu))
+        assert (report.verdict, report.results[0].reference_gbps) == (verdict, pytest.approx(rate))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "num"), [("NVIDIA H100 PCIe", 8), ("NVIDIA H100 80GB HBM3", 4), ("Tesla V100-SXM2", 8)]
+)
+def test_pairs_of_bridges_and_meshes_are_not(gpu, num):
+    assert judge(nvbandwidth(square(num, 50.0), gpu=gpu)).verdict == "UNKNOWN"
 
 
 def test_every_row_of_a_matrix_is_judged():
@@ -112,14 +146,14 @@ def test_every_row_of_a_matrix_is_judged():
 
 
 def test_cells_that_share_a_gpu_blame_it_and_a_lone_cell_its_pair():
-    cells = square()
+    cells = square(rate=720.0)
     for i in range(8):
         if i != 5:
             cells[5][i] = cells[i][5] = 20.0
-    (finding,) = judge(nvbandwidth(cells, gpu="NVIDIA B200")).findings
+    (finding,) = [f for f in judge(nvbandwidth(cells, gpu="NVIDIA B200")).findings if f.id == "bandwidth.outlier"]
     assert (finding.id, finding.severity, finding.subject.devices) == ("bandwidth.outlier", "CRIT", ("GPU5",))
-    cells = square()
-    cells[1][6] = 230.0
+    cells = square(rate=720.0)
+    cells[1][6] = 640.0
     (finding,) = judge(nvbandwidth(cells, gpu="NVIDIA B200")).findings
     assert (finding.severity, finding.subject.devices) == ("WARN", ("GPU1", "GPU6"))
 
@@ -192,7 +226,7 @@ def test_the_command_prints_a_line_for_each_rate(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("87% of 276 GB/s (nvbandwidth README)") == 8
     assert "--measured nvlink=240" in out
-    assert main(["topo", "import-bandwidth", str(path), "--gpu", "H100", "--json"]) == 0
+    assert main(["topo", "import-bandwidth", str(path), "--gpu", "H100", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["format_version"] == 1
     assert main(["topo", "import-bandwidth", str(tmp_path / "no")]) == 3
 

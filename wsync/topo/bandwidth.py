@@ -15,10 +15,13 @@ import msgspec
 
 from wsync.topo.bandwidth_parse import Table
 from wsync.topo.findings import Finding, Severity, Subject, Verdict, guide_link, worst
+from wsync.topo.platforms import profile_of_product
 
 BANDWIDTH_VERSION = 1
 """Version of ``wsync topo import-bandwidth --json``."""
 WARN_SHARE, CRIT_SHARE = 0.9, 0.8
+PAIR_SHARE = 0.78
+"""Of the links' nominal rate that a copy between two GPUs reaches: Azure passes H100 at 335, A100 at 235 GB/s."""
 _PAIR = "pair"
 _HOST_TO_GPU = "host_to_device"
 
@@ -44,6 +47,7 @@ REFERENCES = (
     Reference("A100", _HOST_TO_GPU, 0, 26.0, 0, "nvbandwidth README"),
     Reference("H200", "all_reduce", 8, 473.0, 8 * _GIB, "stas00/ml-engineering", 366.0),
     Reference("H200", _HOST_TO_GPU, 0, 55.4, 0, "stas00/ml-engineering"),
+    Reference("H100", "all_reduce", 8, 460.0, 8 * _GIB, "Azure's node health check", 366.0),
     Reference("H100", "all_reduce", 16, 475.0, 8 * _GIB, "nccl-tests #256"),
     Reference("H100", "all_reduce", 64, 387.0, 8 * _GIB, "coreweave/nccl-tests"),
     Reference("B200", "all_reduce", 8, 838.0, 8 * _GIB, "stas00/ml-engineering", 682.0),
@@ -116,7 +120,18 @@ def judge_tables(tables: Sequence[Table], model: str | None = None) -> Bandwidth
         if part and lines:
             least = min(result.gbps for result, _ in lines)
             measured[part] = min(measured.get(part, least), least)
+    if results and worst(findings) == "OK" and all(r.verdict == "UNKNOWN" for r in results):
+        findings.append(_not_judged(results))
     return BandwidthReport(worst(findings), tuple(results), tuple(findings), measured)
+
+
+def _not_judged(results: Sequence[Result]) -> Finding:
+    notes = "; ".join(list(dict.fromkeys(r.note for r in results))[:4])
+    return Finding(
+        "bandwidth.not-judged", "UNKNOWN", Subject(), f"no line can be compared: {notes}", "a test with a known rate",
+        "name the GPU with --gpu; run all_reduce_perf up to 8 GiB, or nvbandwidth's device_to_device tests",
+        guide_link("bandwidth.not-judged"),
+    )  # fmt: skip
 
 
 def _model_of(table: Table, tables: Sequence[Table]) -> str:
@@ -149,12 +164,34 @@ def _judge_collective(table: Table, model: str) -> Iterator[tuple[Result, list[F
 
 
 def _judge_matrix(table: Table, model: str) -> Iterator[tuple[Result, list[Finding]]]:
-    reference = _reference(model, _kind(table.test), 0) if _kind(table.test) else None
+    kind = _kind(table.test)
+    reference = _reference(model, kind, 0) if kind else None
+    if reference is None and kind == _PAIR:
+        reference = _pair_reference(table, model)
     width = table.num_devices or len(table.columns)
     for label, row, line in zip(table.rows, table.cells, table.lines, strict=True):
         known = [c for c in row[:width] if c is not None]
         if known:
             yield _judge(table, line, f"row {label}", min(known), reference, model, 0)
+
+
+_SXM = {"A100": "-SXM", "A800": "-SXM", "V100": "-SXM"}
+
+
+def _pair_reference(table: Table, model: str) -> Reference | None:
+    """What a pair on NVSwitches reaches by the links of its model, where nobody published it.
+
+    Meshes and bridges give a pair a part of the links, which a table of rates does not tell.
+    """
+    named = next((name for name in table.gpus if model in name), model + _SXM.get(model, "")) if model else ""
+    profile = profile_of_product(named) if named else None
+    if profile is None or not profile.soldered or profile.cube_mesh or "switch" not in profile.joined:
+        return None
+    if not profile.links or not profile.link_gbps or (len(table.rows) == 4 and "mesh" in profile.joined):
+        return None
+    rate = PAIR_SHARE * profile.links * profile.link_gbps
+    source = f"{profile.links} links of {profile.link_gbps:g} GB/s, of which a pair reaches {PAIR_SHARE:.0%}"
+    return Reference(model, _PAIR, 0, rate, 0, source)
 
 
 def _reference(model: str, test: str, num_gpus: int) -> Reference | None:
@@ -170,10 +207,10 @@ def _judge(
     where = (table.source, line, table.test or "?", subject, gbps)
     if reference is None:
         note = f"no published rate of {table.test or 'this test'} on {model or 'an unknown GPU'}"
-        return Result(*where, None, "OK", note), []
+        return Result(*where, None, "UNKNOWN", note), []
     if reference.nbytes > 4 * nbytes and reference.nbytes:
         note = f"the largest payload is {nbytes} bytes, the published rate is of {reference.nbytes}"
-        return Result(*where, reference.gbps, "OK", note), []
+        return Result(*where, reference.gbps, "UNKNOWN", note), []
     share = gbps / reference.gbps
     note = f"{share:.0%} of {reference.gbps:g} GB/s ({reference.source})"
     if share >= WARN_SHARE:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from wsync.topo.model import KIND_RANK, Nic
 from wsync.topo.view import View
 
@@ -13,8 +15,8 @@ def compute_nics(view: View, coherent: bool = False) -> tuple[Nic, ...]:
     """The NICs that a job should use: those on a GPU's own PCIe switch, without ports that are down or much slower.
 
     Where no GPU has a NIC on its switch (virtual machines), all NICs at the shortest distance that occurs; on Grace,
-    where distances mean nothing, and where no distance is known, all. Ports below half the fastest rate of them and
-    ports that are down are dropped.
+    where distances mean nothing, and where no distance is known, all. Ports below half the fastest rate of them,
+    ports that are down and those of another network (`foreign_nics`) are dropped.
     """
     ranks = {nic.label: _best_rank(view, nic) for nic in view.nics}
     local = [n for n in view.nics if ranks[n.label] <= KIND_RANK["PXB"]]
@@ -22,9 +24,18 @@ def compute_nics(view: View, coherent: bool = False) -> tuple[Nic, ...]:
         known = [r for r in ranks.values() if r < _FAR]
         nearest = min(known, default=_FAR)
         local = [n for n in view.nics if coherent or ranks[n.label] <= nearest]
-    up = [n for n in local if n.state in (None, "ACTIVE")]
+    foreign = foreign_nics(view)
+    up = [n for n in local if n.state in (None, "ACTIVE") and n not in foreign]
     fastest = max((n.rate_gbit for n in up if n.rate_gbit is not None), default=0.0)
     return tuple(n for n in up if n.rate_gbit is None or 2 * n.rate_gbit >= fastest)
+
+
+def foreign_nics(view: View) -> tuple[Nic, ...]:
+    """Ports near a GPU whose link layer is not that of most such ports: Ethernet for storage among InfiniBand."""
+    near = [n for n in view.nics if n.link_layer and _best_rank(view, n) <= KIND_RANK["PXB"]]
+    layers = Counter(n.link_layer for n in near)
+    usual = next((layer for layer, count in layers.items() if 2 * count > len(near)), None)
+    return tuple(n for n in near if usual is not None and n.link_layer != usual)
 
 
 def _best_rank(view: View, nic: Nic) -> int:

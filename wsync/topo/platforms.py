@@ -19,7 +19,7 @@ from wsync.topo.model import Gpu, Machine
 SWITCH_COUNTS = (6, 8, 12, 18, 36)
 """Links per GPU of boards with NVSwitch: V100, A800 and H800, A100, H100 and Blackwell, Rubin."""
 PAIR_COUNTS = (1, 2, 4, 6, 8, 12, 18, 36)
-"""Links that a healthy pair may show: bridges (Turing 2, Ampere 4, A100 and H100 12) or two GPUs of a larger board."""
+"""Links that a healthy pair may show: bridges (Turing 1 or 2, Ampere 4, A100 and H100 12) or two GPUs of a board."""
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -91,11 +91,11 @@ PROFILES: tuple[Profile, ...] = (
         25.0,
         pcie_gtps=16.0,
         board_sizes=_SXM,
-        names=r"A100-SXM|A100.SXM|A100-SXM-64GB",
+        names=r"A100.SXM",
         devices=("20b0", "20b2", "20b3"),
         nccl_gbps=(240.0, 252.0, 264.0),
     ),
-    Profile("a100-pcie", 12, 25.0, joined=_BRIDGE, pcie_gtps=16.0, names=r"A100.*PCIE?|A100", devices=("20b5", "20f1")),
+    Profile("a100-pcie", 12, 25.0, joined=_BRIDGE, pcie_gtps=16.0, names=r"A100", devices=("20b5", "20f1")),
     Profile(
         "h800-sxm",
         8,
@@ -106,6 +106,7 @@ PROFILES: tuple[Profile, ...] = (
         devices=("2324",),
         nccl_gbps=(164.8,),
     ),
+    Profile("h800-pcie", 8, 25.0, joined=_BRIDGE, pcie_gtps=32.0, names=r"H800.*PCIe", devices=("2322",)),
     Profile("gh200", 18, 25.0, pcie_gtps=32.0, coherent=True, names=r"GH200", devices=("2342", "2348")),
     Profile(
         "h100-pcie",
@@ -113,8 +114,8 @@ PROFILES: tuple[Profile, ...] = (
         25.0,
         joined=_BRIDGE,
         pcie_gtps=32.0,
-        names=r"H100 (PCIe|NVL)|H800 PCIe",
-        devices=("2331", "2321", "2322"),
+        names=r"H100 (PCIe|NVL)",
+        devices=("2331", "2321"),
     ),
     Profile("h200-nvl", 18, 25.0, joined=("bridge", "mesh"), pcie_gtps=32.0, names=r"H200 NVL", devices=("233b",)),
     Profile(
@@ -152,17 +153,22 @@ PROFILES: tuple[Profile, ...] = (
         devices=("2901", "3182"),
     ),
     Profile("rubin", 36, 50.0, joined=("switch",), pcie_gtps=64.0, coherent=True, names=r"\bV?R200|Rubin"),
-    Profile("ampere-bridge", 4, 14.0, joined=_BRIDGE, pcie_gtps=16.0, names=r"\bA40\b|RTX A(6000|5500|5000|4500)"),
+    Profile("ampere-bridge", 4, 14.0, joined=_BRIDGE, pcie_gtps=16.0, names=r"\bA40\b|RTX A(6000|5500|5000|4500)\b"),
+    Profile("a30", 4, 25.0, joined=_BRIDGE, pcie_gtps=16.0, names=r"\bA30\b", devices=("20b7",)),
+    Profile("rtx-ampere", 0, joined=_NONE, pcie_gtps=16.0, names=r"RTX A(4000|2000)\b"),
     Profile(
         "rtx3090",
         4,
         14.0,
         joined=_BRIDGE,
         pcie_gtps=16.0,
-        names=r"RTX 3090(?! Ti)|RTX 3090 Ti",
+        names=r"RTX 3090",
         devices=("2204", "2203"),
     ),
-    Profile("turing-bridge", 2, 25.0, joined=_BRIDGE, pcie_gtps=8.0, names=r"RTX 2080|Quadro RTX|TITAN RTX"),
+    Profile("rtx30", 0, joined=_NONE, pcie_gtps=16.0, p2p=False, names=r"RTX 30[5-8]0"),
+    Profile("turing-bridge", 2, 25.0, joined=_BRIDGE, pcie_gtps=8.0, names=r"RTX 2080 Ti|Quadro RTX [68]000|TITAN RTX"),
+    Profile("turing-single", 1, 25.0, joined=_BRIDGE, pcie_gtps=8.0, names=r"RTX 20(80|70 SUPER)|Quadro RTX 5000"),
+    Profile("turing", 0, joined=_NONE, pcie_gtps=8.0, names=r"RTX 20[67]0|Quadro RTX [34]000"),
     Profile("rtx4090", 0, joined=_NONE, pcie_gtps=16.0, p2p=False, names=r"RTX 40\d\d", devices=("2684",)),
     Profile("rtx5090", 0, joined=_NONE, pcie_gtps=32.0, p2p=False, names=r"RTX 50\d\d", devices=("2b85",)),
     Profile("a10", 0, joined=_NONE, pcie_gtps=16.0, names=r"\bA10G?\b|\bA16\b|\bA2\b", devices=("2236", "2237")),

@@ -7,16 +7,20 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from wsync.topo.checks.base import Case, subject_of
-from wsync.topo.checks.links import active_links
+from wsync.topo.checks.links import MISSING_REMEDY, active_links
+from wsync.topo.checks.wiring import spell
 from wsync.topo.findings import SEVERITY_RANK, Finding, guide_link
+from wsync.topo.model import Gpu
 
+_MANY = 3
+"""GPUs from which on an equal loss of all is no chance."""
 _MESH_QUADS = ((0, 1, 2, 3), (4, 5, 6, 7))
 
 
 def find_roots(case: Case, findings: list[Finding]) -> list[Finding]:
     """Findings with those that another explains moved into it, the worst first."""
     findings = _join_equal(findings)
-    for group in (_lost_gpu, _isolated_gpus, _hidden_tree):
+    for group in (_lost_gpu, _common_loss, _short_pairs, _isolated_gpus, _hidden_tree):
         findings = group(case, findings)
     return sorted(findings, key=lambda f: -SEVERITY_RANK[f.severity])
 
@@ -83,6 +87,64 @@ def _which_is_lost(case: Case, short: list[int]) -> tuple[str, bool]:
             if {n - (n > gpu) for n in neighbours} == set(short):
                 return f"GPU{gpu}", True
     return f"GPU{count}", False
+
+
+def _common_loss(case: Case, findings: list[Finding]) -> list[Finding]:
+    """Every GPU of a switched board lacks the same number of links: what they have in common is a switch."""
+    missing = [f for f in findings if f.id == "nvlink.links-missing"]
+    gpus = case.view.gpus
+    named = {d for f in missing for d in f.subject.devices}
+    if len(gpus) < _MANY or case.shape.joined in ("mesh", "bridge") or named != {g.label for g in gpus}:
+        return findings
+    if case.shape.joined == "unknown" and (case.profile.cube_mesh or "switch" not in case.profile.joined):
+        return findings
+    counts = {_links_up(case, g) for g in gpus}
+    if len(counts) != 1 or not case.links:
+        return findings
+    count = counts.pop()
+    root = case.finding(
+        "nvswitch.links-lost",
+        "CRIT",
+        list(gpus),
+        f"all {len(gpus)} GPUs have {count} of {case.links} NVLinks: the links of one switch or more",
+        f"{case.links} links of each GPU",
+        "see the kernel log for SXid errors and the fabric manager's log; reset all GPUs and switches, else "
+        "replace the switch board",
+    )
+    return _absorb(findings, root, missing)
+
+
+def _links_up(case: Case, gpu: Gpu) -> int:
+    listed = active_links(gpu)
+    return listed if listed is not None else max(case.view.links_between[gpu.index].values(), default=0)
+
+
+def _short_pairs(case: Case, findings: list[Finding]) -> list[Finding]:
+    """Two GPUs of an all-to-all mesh lack as many links as their pair has fewer than other pairs: it is the pair."""
+    counts = case.view.links_between
+    cells = [n for row in counts.values() for n in row.values()]
+    if case.shape.joined != "mesh" or not cells:
+        return findings
+    usual = max(set(cells), key=lambda n: (cells.count(n), n))
+    if cells.count(usual) * 2 <= len(cells) or usual * (len(counts) - 1) != case.links:
+        return findings
+    for (a, b), path in case.view.gpu_paths.items():
+        lack = usual - (path.links if path.kind == "NV" else 0)
+        ends = (f"GPU{a}", f"GPU{b}")
+        about = [f for f in findings if f.id == "nvlink.links-missing" and f.subject.devices in [(e,) for e in ends]]
+        whole = all(sum(counts[i].values()) + lack == case.links for i in (a, b))
+        if lack > 0 and whole and len(about) == len(ends):
+            gpus = [g for g in case.view.gpus if g.label in ends]
+            root = case.finding(
+                "nvlink.pair-missing",
+                "CRIT",
+                gpus,
+                f"{path.a} and {path.b} are joined by {spell(path)}, other pairs by NV{usual}",
+                f"NV{usual}",
+                MISSING_REMEDY,
+            )
+            findings = _absorb(findings, root, about)
+    return findings
 
 
 def _isolated_gpus(case: Case, findings: list[Finding]) -> list[Finding]:

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 from wsync.topo.checks.base import Case
 from wsync.topo.findings import Finding
+from wsync.topo.platforms import SWITCH_COUNTS
+
+MAX_LINKS = max(SWITCH_COUNTS)
+"""NVLinks of the GPU that has most (Rubin)."""
 
 
 def check_gaps(case: Case) -> Iterator[Finding]:
@@ -19,12 +23,13 @@ def check_gaps(case: Case) -> Iterator[Finding]:
             yield case.finding(
                 "input.unreadable", "UNKNOWN", [], gap.what, "a whole file of a known format", "record it again, whole"
             )
+    yield from _check_cells(case)
     missing = [g for g in case.machine.gaps if not g.fatal]
     if not missing:
         return
     gpus = case.view.gpus
     shown = sum(g.shown for g in gpus)
-    little = 2 * shown < len(gpus)
+    little = 2 * shown < len(gpus) or not (gpus or case.machine.nics)
     text = "; ".join(f"{g.source} lacks {g.what}" for g in missing[:6])
     yield case.finding(
         "input.incomplete",
@@ -36,11 +41,29 @@ def check_gaps(case: Case) -> Iterator[Finding]:
     )
 
 
+def _check_cells(case: Case) -> Iterator[Finding]:
+    """Cells of a matrix that no machine can have."""
+    many = [p for p in case.machine.paths if p.kind == "NV" and p.links > MAX_LINKS]
+    own = [p for p in case.machine.paths if p.a == p.b]
+    for paths, text in ((many, f"no GPU has more than {MAX_LINKS} NVLinks"), (own, "a device has no path to itself")):
+        if paths:
+            shown = ", ".join(f"{p.a} to {p.b} {p.kind}{p.links or ''}" for p in paths[:4])
+            yield case.finding(
+                "input.unreadable",
+                "UNKNOWN",
+                list(dict.fromkeys(p.a for p in paths)),
+                f"{shown}: {text}",
+                "a table as the tool prints it",
+                "record it again, whole",
+            )
+
+
 def check_something(case: Case) -> Iterator[Finding]:
     """At least one fact that a verdict can rest on."""
     m = case.machine
+    labels = {g.label for g in m.gpus}
     known = (
-        m.paths
+        any(p.a in labels or p.b in labels for p in m.paths)
         or m.p2p
         or m.xids
         or m.kernel
@@ -52,7 +75,8 @@ def check_something(case: Case) -> Iterator[Finding]:
         or any(d.pcie or d.kind == "nvswitch" for d in m.pci)
     )
     nameless = bool(m.oddities) and all(o.kind == "class-missing" for o in m.oddities) and not m.gpus
-    if (not known and not m.gaps) or nameless:
+    gaps_tell = any(g.fatal for g in m.gaps) or bool(m.gaps and m.gpus)
+    if (not known and not gaps_tell) or nameless:
         have = f"{len(m.gpus)} GPUs, {len(m.nics)} NICs, {len(m.pci)} other devices"
         yield case.finding(
             "input.nothing-to-judge",

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from wsync.topo.checks.base import Case, names
 from wsync.topo.findings import Finding, Severity
 from wsync.topo.model import KIND_RANK, LOCAL_RANK, Gpu, Nic
-from wsync.topo.nics import compute_nics
+from wsync.topo.nics import compute_nics, foreign_nics
 from wsync.topo.reference import NIC_RATES_GBIT
 
 
 def check_ports(case: Case) -> Iterator[Finding]:
     """Ports are up; those that a GPU would use are as fast as their peers."""
+    spare = _spare_ports(case)
     for nic in case.view.nics:
         if nic.state is not None and nic.state != "ACTIVE":
             left = [g.label for g in case.view.gpus if case.view.is_local(g, nic) and not _has_other(case, g)]
@@ -22,7 +23,7 @@ def check_ports(case: Case) -> Iterator[Finding]:
             yield case.finding(
                 "nic.down",
                 # Ports that nobody plugged in are common; one that a GPU depends on is a fault.
-                "CRIT" if left else "WARN" if near or not known else "INFO",
+                "CRIT" if left else "WARN" if (near and nic not in spare) or not known else "INFO",
                 [nic],
                 f"{nic.label} is {nic.state}"
                 + (f", and {names(left)} has no other near port that is up" if left else ""),
@@ -32,13 +33,42 @@ def check_ports(case: Case) -> Iterator[Finding]:
     yield from _check_rates(case)
 
 
+def _spare_ports(case: Case) -> list[Nic]:
+    """Near ports that are down while another port of their card is up.
+
+    Ports of one card are known by bus id. Where no input gives it, they are ports one PCIe bridge apart, of which
+    one of each pair is down on every card: one cable out is a fault, the same one out everywhere is a choice.
+    """
+    near = [n for n in case.view.nics if _is_near(case, n)]
+    idle = [n for n in near if n.state not in (None, "ACTIVE")]
+    used = [n for n in near if n.state == "ACTIVE"]
+    cards = {_card(n) for n in used if n.bus_id is not None}
+    spare = [n for n in idle if n.bus_id is not None and _card(n) in cards]
+    if not spare and len(idle) > 1 and len(idle) == len(used) and not cards:
+        partners = [[u.label for u in used if _are_close(case, n, u)] for n in idle]
+        if all(partners) and len({label for some in partners for label in some}) == len(used):
+            return idle
+    return spare
+
+
+def _card(nic: Nic) -> str:
+    return (nic.bus_id or "").rpartition(".")[0]
+
+
+def _are_close(case: Case, a: Nic, b: Nic) -> bool:
+    path = case.view.path(a.label, b.label)
+    return path is not None and path.kind == "PIX"
+
+
 def _has_other(case: Case, gpu: Gpu) -> bool:
     """Whether a GPU has a near port that is not down."""
     return any(n.state in (None, "ACTIVE") and case.view.is_local(gpu, n) for n in case.view.nics)
 
 
 def _check_rates(case: Case) -> Iterator[Finding]:
-    rated = [n for n in case.view.nics if n.rate_gbit is not None]
+    foreign = foreign_nics(case.view)
+    yield from _check_layers(case, foreign)
+    rated = [n for n in case.view.nics if n.rate_gbit is not None and n not in foreign]
     if not rated:
         return
     near = {n.label for n in rated if any(case.view.is_local(g, n) for g in case.view.gpus)}
@@ -77,6 +107,33 @@ def _check_rates(case: Case) -> Iterator[Finding]:
             "a standard rate",
             "a port whose lanes or host link are degraded may report so; compare with ibstatus",
         )
+
+
+def _check_layers(case: Case, foreign: tuple[Nic, ...]) -> Iterator[Finding]:
+    """Near ports of another link layer: of another network, or a port of this one that was set wrongly."""
+    if not foreign:
+        return
+    own = [n for n in case.view.nics if n not in foreign and n.link_layer and _is_near(case, n)]
+    usual = Counter(n.rate_gbit for n in own).most_common(1)[0][0]
+    num_gpus = len(case.view.gpus)
+    # As many ports as GPUs, or a share of it, are a whole network; a port of the same rate completes one that is not.
+    whole = len(own) % num_gpus == 0 or num_gpus % len(own) == 0
+    flipped = [] if whole else [n for n in foreign if n.rate_gbit == usual]
+    for nics, finding_id in ((flipped, "nic.layer-differs"), ([n for n in foreign if n not in flipped], "")):
+        if nics:
+            shown = ", ".join(f"{n.label} {n.link_layer}" for n in nics[:8])
+            yield case.finding(
+                finding_id or "nic.not-compute",
+                "WARN" if finding_id and not case.declared else "INFO",
+                nics,
+                f"{shown}, the other {len(own)} near ports are {own[0].link_layer}",
+                f"{own[0].link_layer} as the others" if finding_id else "",
+                "set the port's type with mlxconfig (LINK_TYPE_P1)" if finding_id else "leave it out of NCCL_IB_HCA",
+            )
+
+
+def _is_near(case: Case, nic: Nic) -> bool:
+    return any(case.view.is_local(g, nic) for g in case.view.gpus)
 
 
 def check_locality(case: Case) -> Iterator[Finding]:

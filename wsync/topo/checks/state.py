@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from wsync.topo.checks.base import Case, names
 from wsync.topo.checks.links import ISOLATED_REMEDY
 from wsync.topo.findings import Finding
+from wsync.topo.platforms import UNKNOWN
 
 NVLINK_XIDS = {74, 144, 145, 146, 147, 148, 149, 150}
 """NVLink errors; 144 to 150 on Blackwell. Source: NVIDIA's Xid catalog."""
@@ -51,7 +52,12 @@ def check_gpus(case: Case) -> Iterator[Finding]:
 def _check_count(case: Case) -> Iterator[Finding]:
     count = len(case.view.gpus)
     cut = any(not g.shown for g in case.view.gpus) or case.machine.gaps
-    if case.profile.board_sizes == () or case.shape.joined == "bridge" or cut or count < 5:
+    if cut:
+        return
+    if case.profile is UNKNOWN:
+        yield from _check_unknown_board(case)
+        return
+    if case.profile.board_sizes == () or case.shape.joined == "bridge" or count < 5:
         return
     if count not in case.profile.board_sizes:
         size = next((s for s in case.profile.board_sizes if s > count), count)
@@ -61,6 +67,26 @@ def _check_count(case: Case) -> Iterator[Finding]:
             [],
             f"{count} GPUs are in sight; boards of {case.profile.name} come with {size}",
             f"{size} GPUs",
+            "see `lspci -d 10de:` and the kernel log for GPUs that the driver does not list",
+        )
+
+
+def _check_unknown_board(case: Case) -> Iterator[Finding]:
+    """Of a model that no input names: boards with NVSwitch have 4, 8 or 16 GPUs, numbered without a gap."""
+    indices = [g.index for g in case.view.gpus]
+    if case.shape.joined != "switch":
+        return
+    holes = [f"GPU{i}" for i in range(max(indices)) if i not in indices]
+    size = next((s for s in (8, 16) if s >= len(indices)), len(indices))
+    odd = 4 < len(indices) < size
+    if holes or odd:
+        lacking = f", {names(holes)} not among them" if holes else ""
+        yield case.finding(
+            "gpu.count",
+            "WARN",
+            [],
+            f"{len(indices)} GPUs on NVSwitches are in sight{lacking}",
+            f"{size if odd else max(indices) + 1} GPUs, unless a container or a tenant has a part of the board",
             "see `lspci -d 10de:` and the kernel log for GPUs that the driver does not list",
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from wsync.topo.model import Gap, Gpu, Machine, Nic, Path
+from wsync.topo.model import Gap, Gpu, Machine, Nic, Oddity, Path
 from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, expand, numbers
 
 _CELL = re.compile(r"[ \t|]*(NV\d{1,2}|PIX|PXB|PHB|NODE|SYS|SOC|X)(?=[^A-Za-z]|NV|PIX|PXB|PHB|NODE|SYS|SOC|X|$)")
@@ -42,10 +42,11 @@ def looks_like_matrix(text: str) -> bool:
 
 
 def parse_matrix(text: str, source: str) -> Machine:
-    """Read one matrix. Rows of a second one overwrite those of the first."""
+    """Read one matrix. Rows of a second one overwrite those of the first; where they differ, an `Oddity` says so."""
     lines = [line for line in text.splitlines() if len(line) <= MAX_LINE_CHARS]
     header = _find_header(lines)
-    rows = _find_rows(lines, header)
+    repeated = _find_rows(lines, header)
+    rows = list({row.label: row for row in repeated}.values())
     legend: dict[str, str] = {m[1]: m[2] for m in map(_LEGEND.match, lines) if m}
     hidden = _HIDDEN.search(text)
     gaps: list[str] = []
@@ -67,6 +68,7 @@ def parse_matrix(text: str, source: str) -> Machine:
         ),
         paths=tuple(p for row in known.values() for p in _paths(row, columns, legend)),
         num_nics_hidden=num_hidden,
+        oddities=_contradictions(repeated, source),
         gaps=tuple(Gap(what, source) for what in gaps),
         sources=(source,),
     )
@@ -100,7 +102,7 @@ def _find_header(lines: list[str]) -> _Header | None:
 
 def _find_rows(lines: list[str], header: _Header | None) -> list[_Row]:
     columns = header.columns if header else None
-    found: dict[str, _Row] = {}
+    found: list[_Row] = []
     pending: tuple[str, str] | None = None
     for line in [*lines, ""]:
         start = _row_start(line)
@@ -109,10 +111,20 @@ def _find_rows(lines: list[str], header: _Header | None) -> list[_Row]:
             pending = (pending[0], pending[1] + "\t" + line.strip())
             continue
         if pending is not None:
-            found[pending[0]] = _read_row(*pending, columns, header.tail if header else [])
+            found.append(_read_row(*pending, columns, header.tail if header else []))
         known = start is not None and (columns is None or start[0] in columns or _LABEL.fullmatch(start[0]) is not None)
         pending = (start[0], line[start[1] :]) if start is not None and known else None
-    return list(found.values())
+    return found
+
+
+def _contradictions(repeated: list[_Row], source: str) -> tuple[Oddity, ...]:
+    """Rows that occur twice with different cells: tables of two hosts, or of two times, in one text."""
+    cells: dict[str, set[tuple[str, ...]]] = {}
+    for row in repeated:
+        cells.setdefault(row.label, set()).add(tuple(row.cells))
+    differ = [label for label, several in cells.items() if len(several) > 1]
+    text = f"{source} shows {', '.join(differ[:8])} twice with different cells"
+    return (Oddity("sources-disagree", "rows", text, source),) if differ else ()
 
 
 def _read_row(label: str, rest: str, columns: list[str] | None, tail: list[tuple[str, int]]) -> _Row:
