@@ -136,8 +136,8 @@ def run_describe(args: argparse.Namespace) -> int:
         manifest_bytes=0,
     )
     if args.output is not None and manifest is not None:
-        save_manifest(manifest, args.output)
-        report = msgspec.structs.replace(report, manifest_bytes=Path(args.output).stat().st_size)
+        manifest_bytes = save_manifest(manifest, args.output)
+        report = msgspec.structs.replace(report, manifest_bytes=manifest_bytes)
     if args.json:
         write_json(report, args.json)
     if args.json != "-":

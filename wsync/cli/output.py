@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
 from wsync.errors import ConfigError, FormatVersionError, TransportError, WsyncError
+from wsync.spec.files import check_file, write_file
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -58,33 +58,27 @@ def write_json(value: Any, target: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    write_data(target, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def write_data(target: str, data: bytes, mode: int | None = None) -> None:
+    """Write to a file as `write_file` does, or to stdout for ``-``.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     if target == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.flush()
         return
-    try:
-        Path(target).write_bytes(data)
-    except OSError as e:
-        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
+    write_file(target, data, mode)
 
 
 def check_writable(target: str | None, option: str) -> None:
     """Refuse early what would fail after a long run.
 
     Raises:
-        ConfigError: ``target`` is a folder, its folder does not exist, or it cannot be opened for writing.
+        ConfigError: as `check_file`.
     """
-    if not target or target == "-":
-        return
-    path = Path(target).resolve()
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {target}: the folder {path.parent} does not exist")
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as e:
-        raise ConfigError(f"{option} {target} cannot be written: {e.strerror}") from e
-    if not existed:
-        path.unlink()
+    if target and target != "-":
+        check_file(target, f"{option} {target}")

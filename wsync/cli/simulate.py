@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from wsync.cli.output import EXIT_FAILED, EXIT_OK, check_writable, stderr_console, stdout_console, write_json
+from wsync.cli.output import (
+    EXIT_FAILED,
+    EXIT_OK,
+    check_writable,
+    stderr_console,
+    stdout_console,
+    write_data,
+    write_json,
+)
 from wsync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,35 +141,11 @@ def _write_files(args: argparse.Namespace, result: SimResult, resources: Any) ->
     chart = chart_png(result, resources) if args.chart else None
     trace = msgspec.json.encode(trace_of(result, resources)) if args.trace else None
     if chart is not None:
-        write_file(args.chart, chart)
+        write_data(args.chart, chart)
     if trace is not None:
-        write_file(args.trace, trace)
+        write_data(args.trace, trace)
     if args.json:
-        write_result(result, args.json)
-
-
-def write_result(result: SimResult, target: str) -> None:
-    """The result as JSON, to stdout for ``-``."""
-    if target == "-":
-        write_json(result, target)
-    else:
-        write_file(target, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-
-
-def write_file(target: str, data: bytes) -> None:
-    """Write a file whole or not at all: what was there stays until the new one is complete.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    path = Path(target)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
+        write_json(result, args.json)
 
 
 def _list_presets(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from wsync.errors import ConfigError
+from wsync.spec.files import write_file
 from wsync.spec.serde import FORMAT_VERSION, check_format
 
 MAX_RATE_GBPS = 1e6
@@ -306,8 +307,4 @@ def load_cluster(path: str | Path) -> Cluster:
 
 def dump_cluster(cluster: Cluster, path: str | Path) -> None:
     """Write a cluster file. Raises as `check_cluster`; a file that cannot be written is a `ConfigError`."""
-    data = encode_cluster(cluster)
-    try:
-        Path(path).write_bytes(data)
-    except OSError as e:
-        raise ConfigError(f"cluster file {str(path)!r} cannot be written: {e.strerror}") from e
+    write_file(path, encode_cluster(cluster))

@@ -7,8 +7,6 @@ stream of MessagePack. Whatever ranks or tensors share is written once and is on
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zlib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import msgspec
 
 from wsync.errors import ConfigError, ManifestError, WireError
 from wsync.spec.box import Box
+from wsync.spec.files import write_file
 from wsync.spec.manifest import (
     CopySpec,
     RankInfo,
@@ -121,8 +120,11 @@ class _Table(Generic[H]):
         return found
 
 
-def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> None:
-    """Write a manifest. The file appears whole or not at all.
+def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> int:
+    """Write a manifest, as `write_file` does.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
         ConfigError: it cannot be written.
@@ -133,7 +135,9 @@ def save_manifest(manifest: SourceManifest | SinkManifest, path: str | Path) -> 
         else (SINK, encode(_pack_sink(manifest)))
     )
     header = Header(kind, FORMAT_VERSION, len(body), _digest(body))
-    _write(Path(path), msgspec.json.encode(header) + b"\n" + zlib.compress(body, 6))
+    data = msgspec.json.encode(header) + b"\n" + zlib.compress(body, 6)
+    write_file(path, data)
+    return len(data)
 
 
 def load_manifest(path: str | Path) -> SourceManifest | SinkManifest:
@@ -210,24 +214,6 @@ def _unpacked(packed: bytes, header: Header, name: str) -> bytes:
 
 def _digest(body: bytes) -> str:
     return hashlib.blake2b(body, digest_size=16).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Through a neighbour that takes its place when it is complete."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
 
 
 def _pack_source(manifest: SourceManifest) -> _Source:

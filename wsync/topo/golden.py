@@ -6,8 +6,6 @@ so that one file serves all machines of the kind.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from wsync.errors import ConfigError, DigestError, FormatVersionError
+from wsync.spec.files import write_file
 from wsync.topo.findings import Finding, Severity, Subject, Verdict, guide_link, worst
 from wsync.topo.golden_facts import SERIOUS, Difference, Facts, differences, facts_of, fingerprint
 from wsync.topo.model import Machine
@@ -122,19 +121,7 @@ def save_golden(golden: Golden, path: str | Path) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    path = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(encode_golden(golden))
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
+    write_file(path, encode_golden(golden), 0o644)
 
 
 def is_golden(path: str | Path) -> bool:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from wsync.cli.output import print_error, write_json
+from wsync.cli.output import print_error, write_data, write_json
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError, WsyncError
 from wsync.topo.findings import Verdict
@@ -135,28 +131,5 @@ def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
 
 
 def write_whole(target: str, data: bytes) -> None:
-    """Replace a file as a whole, so that a reader sees the old or the new one; everyone may read it. ``-`` is stdout.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if target == STDOUT:
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-        return
-    path = Path(target)
-    try:
-        # The collector reads every *.prom of the folder: the unfinished file must not be one.
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as e:
-        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(number, 0o644)
-            os.fsync(number)
-        os.replace(name, path)
-    except OSError as e:
-        Path(name).unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {e.strerror}") from e
+    """Write a file that everyone may read, whole; ``-`` is stdout. Raises as `write_data`."""
+    write_data(target, data, 0o644)

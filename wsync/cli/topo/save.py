@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import EXIT_OK, check_writable
+from wsync.cli.output import EXIT_OK, check_writable, write_data
 from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.errors import ConfigError
 from wsync.topo.parse.saved import encode_topology
@@ -30,8 +29,5 @@ def run_save(args: argparse.Namespace) -> int:
     topology = read_inputs(args.inputs, args.host, live_options(args))
     for gap in (g for m in topology.machines for g in m.gaps if g.fatal):
         raise ConfigError(gap.what)
-    try:
-        Path(args.output).write_bytes(encode_topology(topology))
-    except OSError as e:
-        raise ConfigError(f"{args.output} cannot be written: {e.strerror}") from e
+    write_data(args.output, encode_topology(topology))
     return EXIT_OK
