@@ -43,6 +43,7 @@ def check_something(case: Case) -> Iterator[Finding]:
         m.paths
         or m.p2p
         or m.xids
+        or m.sxids
         or m.kernel
         or m.hca_lists
         or m.nccl
