@@ -75,7 +75,8 @@ def _labels(labels: dict[str, str]) -> str:
 
 
 def _escape(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    visible = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
+    return visible.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _number(value: float) -> str:
