@@ -9,6 +9,7 @@ from typing import Any
 
 from wsync.cli.output import EXIT_OK, check_writable, printable, stderr_console, stdout_console, write_json
 from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
+from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
 from wsync.topo.advise import Advice, Advised, advise
 
@@ -80,9 +81,8 @@ def _certain(advice: Advice) -> bool:
 
 
 def _print(one: Advised) -> None:
-    console = stdout_console()
     count = f"{len(one.advice)} variables" if one.advice else "NCCL's defaults are right"
-    console.print(printable(f"{one.host or 'this machine'}: {count}"), markup=False, highlight=False, soft_wrap=True)
+    say(f"{one.host or 'this machine'}: {count}")
     for advice in one.advice:
         lines = [
             f"  {advice.name}={advice.value}",
@@ -92,6 +92,6 @@ def _print(one: Advised) -> None:
         if advice.measure:
             lines.append("      measure with and without it")
         for line in lines:
-            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+            say(line)
     for note in one.notes:
-        console.print(printable(f"  note: {note}"), markup=False, highlight=False, soft_wrap=True)
+        say(f"  note: {note}")

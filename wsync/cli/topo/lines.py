@@ -10,6 +10,11 @@ from wsync.topo.findings import Finding, Verdict
 from wsync.topo.render.summary import where
 
 
+def say(text: str) -> None:
+    """One line as it is: no markup, no wrapping, control characters spelt out."""
+    stdout_console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
 def print_verdict(verdict: Verdict, text: str) -> None:
     """``WARN 2 files``."""
     from rich.text import Text
