@@ -97,3 +97,11 @@ def test_a_port_that_is_down_is_left_out_for_that_and_not_for_its_place():
 
 def test_numbers_of_nics_are_no_names_for_nccl():
     assert "NIC0" not in compute_set(own.topo_m(own.h100(), legend=False)).remedy
+
+
+def test_how_many_variables_were_read_is_said_once(tmp_path, capsys):
+    (tmp_path / "env.sh").write_text("NCCL_BUFFSIZE=4M\nNCCL_NVLS_ENABLE=0\n")
+    main(["topo", "lint", "--env", str(tmp_path / "env.sh")])
+    out = capsys.readouterr().out
+    assert out.count("2 variables of NCCL") == 1
+    assert "env.sh, line 1" in out
