@@ -20,7 +20,7 @@ COMPUTING = tests/unit tests/kernels tests/golden tests/cuda tests/emulator
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm record-kernels record-delta dist clean
+.PHONY: setup demo test test-deep test-wheel test-gpu lint format bench record record-vllm record-kernels record-delta record-shootout dist clean
 
 setup: $(VENV)/.ready
 
@@ -98,6 +98,12 @@ record-kernels: setup
 record-delta: setup
 	OMP_NUM_THREADS=1 $(BIN)/python bench/delta_training.py bench/records/delta_training.json
 	$(BIN)/python -m wsync.bench.markdown bench/records/delta_training.json docs/measurement.md
+
+# Every preset of the simulator planned, and routed as peers route it: a few minutes. The peers' own planners need an
+# environment of their own, since one of them is a plugin of vLLM: pip install -e ".[bench,peers]".
+record-shootout: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m wsync.bench.shootout --json bench/records/shootout.json
+	$(BIN)/python -m wsync.bench.markdown bench/records/shootout.json docs/guides/plan.md
 
 dist: setup
 	rm -rf dist

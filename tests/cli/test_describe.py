@@ -210,6 +210,14 @@ def test_hosts_that_are_no_list_are_refused(capsys, tmp_path, model):
         (("Qwen3-0.6B", "--engine", "ep=2", "-o", "out"), "has ep=2, but Qwen3-0.6B has 0 experts"),
         (("GLM-4.5", "--engine", "tp=8", "--recipe", "fp8_block128", "-o", "out"), "tp=4,dp=2,ep=8 or tp=4,replicas=2"),
         (("Qwen3-0.6B", "--trainer", "fsdp=2", "-o", "missing/out"), "the folder"),
+        (("Qwen3-0.6B", "--trainer", "fsdp=" + "9" * 5000), "has 5005 characters, allowed are 1000"),
+        (("Qwen3-0.6B", "--engine", "tp=" + "9" * 5000), "has 5003 characters, allowed are 1000"),
+        (("Qwen3-0.6B", "--trainer", "fsdp=" + "9" * 900), "allowed are whole numbers from 1 to 1048576"),
+        (("Qwen3-0.6B", "--trainer", "fsdp=1048576"), "has 1048576 ranks, allowed are 131072"),
+        (("Qwen3-0.6B", "--trainer", "fsdp=1048576,tp=1048576"), "has 1099511627776 ranks, allowed are 131072"),
+        (("Qwen3-0.6B", "--engine", "tp=8,dp=8,replicas=1048576"), "has 67108864 ranks, allowed are 131072"),
+        (("x" * 300,), "cannot be read: File name too long"),
+        (("Qwen3-0.6B", "--trainer", "fsdp=2", "--hosts", "/dev/zero"), "/dev/zero has 16777217 bytes or more"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_values_and_nothing_is_written(
@@ -218,6 +226,27 @@ def test_what_does_not_fit_is_refused_with_both_values_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_of_more_tensors_than_any_model_has_is_refused(capsys, tmp_path):
+    config = {**TINY, "num_hidden_layers": 1000, "num_experts": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    err = refused(capsys, tmp_path, "--trainer", "fsdp=2", "-o", tmp_path / "out")
+    assert "1000 layers and 4096 experts" in err
+    assert "tensors, allowed are 1048576" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trainer_of_more_lists_of_boxes_than_memory_has_room_for_is_refused(capsys, monkeypatch, model):
+    monkeypatch.setattr("wsync.describe.trainers.source.MAX_LISTS", 50)
+    err = refused(capsys, model, "--trainer", "fsdp=16")
+    assert "gives 16 ranks more than 3 lists of boxes each, allowed are 50 together" in err
+
+
+def test_an_engine_of_more_copies_than_memory_has_room_for_is_refused(capsys, monkeypatch, model):
+    monkeypatch.setattr("wsync.describe.engines.sink.MAX_COPIES", 50)
+    err = refused(capsys, model, "--engine", "tp=2,dp=4")
+    assert re.search(r"the first \d of the 8 ranks of a replica take \d+ copies, allowed are 50", err), err
 
 
 @pytest.mark.parametrize(

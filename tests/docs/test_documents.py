@@ -92,7 +92,9 @@ def test_the_plain_loop_example_gives_the_engine_the_trainers_weights(tmp_path):
         ("vllm_qwen3_0.6b", "docs/guides/vllm.md"),
         ("delta_training", "docs/measurement.md"),
         ("kernels_cpu", "docs/measurement.md"),
+        ("shootout", "docs/guides/plan.md"),
         ("planning", "docs/measurement.md"),
+        ("topo", "docs/measurement.md"),
     ],
 )
 def test_a_table_in_a_document_is_that_of_the_committed_record(name, document):

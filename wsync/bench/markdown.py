@@ -1,9 +1,10 @@
 """Tables of documents, made from committed records: ``python -m wsync.bench.markdown RECORD DOCUMENT...``.
 
-A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``, the same with
-``vllm`` for those of ``wsync bench vllm``, with ``delta`` for those of ``make record-delta`` and with ``kernels`` for
-those of ``make record-kernels``, and with ``planning`` for those of ``python -m wsync.bench.planning``; what stands
-between them is replaced. A test compares.
+A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``; what stands between
+them is replaced. ``vllm`` is for those of ``wsync bench vllm``, ``delta`` for those of ``make record-delta``,
+``kernels`` for those of ``make record-kernels``, ``planning`` for those of ``python -m wsync.bench.planning``,
+``shootout`` for those of ``make record-shootout`` and ``topo`` for those of ``python bench/record_topo.py``. A test
+compares.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from wsync.bench.kernel_result import KernelResult, kernel_table_of
 from wsync.bench.options import WSYNC
 from wsync.bench.planning_result import PlanningResult, planning_table_of
 from wsync.bench.result import Result, RowResult
+from wsync.bench.shootout_result import ShootoutResult, shootout_table_of
+from wsync.bench.topo_result import TopoResult, topo_table_of
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
 _E2E, _VLLM, _DELTA, _KERNELS, _PLANNING = "e2e", "vllm", "delta", "kernels", "planning"
+_SHOOTOUT, _TOPO = "shootout", "topo"
 
-_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, PlanningResult)
+_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, PlanningResult, ShootoutResult, TopoResult)
 
 
 def load_record(path: Path) -> Result:
@@ -53,9 +57,19 @@ def load_kernel_record(path: Path) -> KernelResult:
     return _load(path, KernelResult)
 
 
+def load_shootout_record(path: Path) -> ShootoutResult:
+    """A record that ``make record-shootout`` wrote; raises as `load_record`."""
+    return _load(path, ShootoutResult)
+
+
 def load_planning_record(path: Path) -> PlanningResult:
     """A record that ``python -m wsync.bench.planning --json`` wrote; raises as `load_record`."""
     return _load(path, PlanningResult)
+
+
+def load_topo_record(path: Path) -> TopoResult:
+    """A record that ``python bench/record_topo.py`` wrote; raises as `load_record`."""
+    return _load(path, TopoResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -186,7 +200,15 @@ def table_in(record: Path) -> tuple[str, str]:
     except FormatVersionError:
         pass
     try:
+        return _TOPO, topo_table_of(load_topo_record(record))
+    except FormatVersionError:
+        pass
+    try:
         return _PLANNING, planning_table_of(load_planning_record(record))
+    except FormatVersionError:
+        pass
+    try:
+        return _SHOOTOUT, shootout_table_of(load_shootout_record(record))
     except FormatVersionError:
         raise first from None
 

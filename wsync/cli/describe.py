@@ -11,6 +11,7 @@ import msgspec
 from wsync import __version__
 from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
 from wsync.errors import ConfigError
+from wsync.spec.files import read_file
 
 if TYPE_CHECKING:
     from wsync.describe import ModelShape, Summary
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TRAINER, ENGINE = "trainer", "engine"
-MAX_HOSTS_BYTES = 64 << 20
+MAX_HOSTS_BYTES = 16 << 20
 _TABLE_WIDTH = 100
 
 _DESCRIPTION = """Describes one side of a sync without running it: what every rank of a trainer holds, or what every
@@ -194,11 +195,7 @@ def _hosts(args: argparse.Namespace, num_ranks: int, default_prefix: str) -> lis
 
 def _read_hosts(path: Path) -> list[str]:
     try:
-        if path.stat().st_size > MAX_HOSTS_BYTES:
-            raise ConfigError(f"{path} has {path.stat().st_size} bytes, allowed are {MAX_HOSTS_BYTES}")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+        lines = read_file(path, MAX_HOSTS_BYTES).decode().splitlines()
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not a list of hosts: {e}") from e
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -6,13 +6,14 @@ import argparse
 import sys
 
 from wsync import __version__
-from wsync.cli import bench, describe, doctor, keygen, simulate, topo
+from wsync.cli import bench, describe, doctor, keygen, plan, simulate, topo
 from wsync.cli.output import EXIT_INTERRUPTED, EXIT_USAGE, exit_status, print_error
 from wsync.errors import WsyncError
 
 _EPILOG = """exit status:
   0  done
-  1  the job ran and failed, a verdict is wrong, or a core requirement is missing
+  1  the job ran and failed, a verdict is wrong, a core requirement is missing, or a file is damaged or of another
+     version
   2  usage or configuration error; nothing was moved
   3  a peer, a connection or a deadline was lost
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     describe.add_parser(commands)
     doctor.add_parser(commands)
     keygen.add_parser(commands)
+    plan.add_parser(commands)
     simulate.add_parser(commands)
     topo.add_parser(commands)
     return parser

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from wsync.errors import ConfigError
 
 MAX_DEGREE = 1 << 20
-"""More ranks than any cluster has."""
+MAX_RANKS = 1 << 17
+"""Of one side; more than any cluster has."""
+MAX_LAYOUT_CHARS = 1000
+MAX_LISTS = 1 << 24
+"""Of boxes, one for each rank and kind of tensor; more take minutes and all memory."""
+MAX_COPIES = 1 << 22
+"""Of one replica; likewise."""
 
 
 def parse_layout(layout: str, known: Mapping[str, str]) -> dict[str, str]:
@@ -20,6 +26,7 @@ def parse_layout(layout: str, known: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: no pairs, a key that is unknown or occurs twice, or a pair without a value.
     """
+    check_length(layout)
     found: dict[str, str] = {}
     for pair in layout.split(","):
         key, equals, value = (text.strip() for text in pair.partition("="))
@@ -34,6 +41,29 @@ def parse_layout(layout: str, known: Mapping[str, str]) -> dict[str, str]:
             raise ConfigError(f"layout {layout!r} says {key} twice: {found[key]} and {value}")
         found[key] = value
     return found
+
+
+def check_length(layout: str) -> None:
+    """Refuse what no one writes by hand.
+
+    Raises:
+        ConfigError: with both lengths.
+    """
+    if len(layout) > MAX_LAYOUT_CHARS:
+        raise ConfigError(
+            f"layout {layout[:40] + '...'!r} has {len(layout)} characters, allowed are {MAX_LAYOUT_CHARS}"
+        )
+
+
+def check_ranks(layout: str, num_ranks: int) -> int:
+    """The number of ranks of a layout.
+
+    Raises:
+        ConfigError: there are too many.
+    """
+    if num_ranks > MAX_RANKS:
+        raise ConfigError(f"layout {layout!r} has {num_ranks} ranks, allowed are {MAX_RANKS}")
+    return num_ranks
 
 
 class Degrees:
@@ -78,6 +108,7 @@ class Degrees:
         Raises:
             ConfigError: with both values.
         """
+        check_ranks(self.layout, expected)
         if world != expected:
             raise ConfigError(
                 f"layout {self.layout!r} has {expected} ranks ({factors}), but {world} hosts are given, one per rank"

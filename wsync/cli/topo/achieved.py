@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from wsync.cli.topo.inputs import read_file
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_verdict, say
 from wsync.errors import ConfigError
@@ -34,8 +35,8 @@ def run_achieved(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> list[Achieved]:
-    prediction = decode_prediction(_read(args.plan), Path(args.plan).name)
-    runs = decode_runs(_read(args.report), Path(args.report).name)
+    prediction = decode_prediction(read_file(args.plan), Path(args.plan).name)
+    runs = decode_runs(read_file(args.report), Path(args.report).name)
     if not runs:
         raise ConfigError(f"{args.report} has no publish of wsync")
     return [compare_run(run, prediction) for run in runs]
@@ -43,13 +44,6 @@ def _compare(args: argparse.Namespace) -> list[Achieved]:
 
 def _severities(found: list[Achieved]) -> list[Severity]:
     return ["WARN" for one in found if one.verdict == "WARN"]
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _print_all(found: list[Achieved]) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.topo.inputs import read_inputs
+from wsync.cli.topo.inputs import read_file, read_inputs
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.errors import ConfigError
@@ -91,8 +91,4 @@ def _read_machine(inputs: list[str]) -> Machine | None:
 def _read_bytes(target: str) -> tuple[bytes, str]:
     if target == "-":
         return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin"
-    try:
-        with Path(target).open("rb") as file:
-            return file.read(MAX_INPUT_BYTES + 1), Path(target).name
-    except OSError as e:
-        raise ConfigError(f"{target} cannot be read: {e.strerror}") from e
+    return read_file(target, MAX_INPUT_BYTES + 1), Path(target).name

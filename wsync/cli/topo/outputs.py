@@ -94,9 +94,9 @@ def _writers(
     if args.json:
         yield lambda: write_json(report, args.json)
     if args.prometheus:
-        yield lambda: write_whole(args.prometheus, prometheus_text(report, time.time()).encode())
+        yield lambda: write_output(args.prometheus, prometheus_text(report, time.time()).encode())
     if args.junit:
-        yield lambda: write_whole(args.junit, junit_xml(report).encode())
+        yield lambda: write_output(args.junit, junit_xml(report).encode())
     if args.svg or args.png:
         yield lambda: _draw(report, topology, args)
 
@@ -116,11 +116,11 @@ def _draw(report: Report, topology: Topology, args: argparse.Namespace) -> None:
 
     scene = draw_topology(topology, report)
     if args.svg:
-        write_whole(args.svg, svg_text(scene).encode())
+        write_output(args.svg, svg_text(scene).encode())
     if args.png:
         from wsync.topo.render.png import png_bytes
 
-        write_whole(args.png, png_bytes(scene))
+        write_output(args.png, png_bytes(scene))
 
 
 def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
@@ -130,6 +130,6 @@ def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
         print(status_text("UNKNOWN", error.message))
 
 
-def write_whole(target: str, data: bytes) -> None:
+def write_output(target: str, data: bytes) -> None:
     """Write a file that everyone may read, whole; ``-`` is stdout. Raises as `write_data`."""
     write_data(target, data, 0o644)

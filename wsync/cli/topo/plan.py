@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from wsync.cli.output import EXIT_OK, check_writable, write_json
 from wsync.cli.topo.hosts import read_hosts
+from wsync.cli.topo.inputs import read_file
 from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup, check_cluster, dump_cluster
@@ -155,7 +155,7 @@ def _plan(
             raise ConfigError(f"--bytes is {args.bytes:g}, allowed is more than 0 and less than 1e16")
         return None, int(args.bytes)
     if args.plan is not None:
-        planned = replay_on(read_plan(_read(args.plan), args.plan), trainer, engine, cluster)
+        planned = replay_on(read_plan(read_file(args.plan), args.plan), trainer, engine, cluster)
         return planned, planned.wire_bytes
     from wsync.describe import describe_sink, describe_source, load_model
 
@@ -169,13 +169,6 @@ def _plan(
 
 def _hosts(group: NodeGroup) -> list[str]:
     return [name for name in group.node_names for _ in range(group.num_gpus)]
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
 
 
 def _print(result: TopoPlan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from wsync.describe.layout import Degrees, divided
+from wsync.describe.layout import Degrees, check_ranks, divided
 from wsync.errors import ConfigError
 
 KEYS = {
@@ -59,6 +59,7 @@ class Grid:
         self.placement = degrees.choice("placement", (LINEAR, ROUND_ROBIN))
         self.size = self.tp * self.dp * self.pp
         self._degrees = degrees
+        check_ranks(layout, self.num_ranks)
         self.moe_tp = divided(self.tp * self.dp, self.ep, "tp * dp", "ep")
         if "placement" in degrees and self.ep == 1:
             raise ConfigError(f"layout {layout!r} has a placement of experts, but ep=1")

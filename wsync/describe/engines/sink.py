@@ -12,6 +12,7 @@ from wsync.describe.engines.grid import ROUND_ROBIN, Grid, Place, experts_of_ran
 from wsync.describe.engines.groups import Module, gather
 from wsync.describe.engines.modules import RankBuilder
 from wsync.describe.engines.storages import PartBoxes, Storages
+from wsync.describe.layout import MAX_COPIES
 from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import EMBEDDING, OTHER
 from wsync.describe.trainers.fsdp import num_experts
@@ -126,7 +127,8 @@ def _describe_replica(
     tied = {t.alias_of for t in model.tensors}
     parts = PartBoxes()
     layers = num_layers(model)
-    out = []
+    out: list[_Described] = []
+    num_copies = 0
     for rank in range(grid.size) if ranks is None else ranks:
         place = grid.place(rank)
         experts = experts_of_rank(total, place.ep, place.ep_size, grid.placement)
@@ -136,6 +138,12 @@ def _describe_replica(
             if _on_stage(module, stage, place, tied):
                 builder.add(module, experts)
         out.append(_Described(builder.storages, builder.scale_groups))
+        num_copies += len(builder.storages.copies)
+        if num_copies > MAX_COPIES:
+            raise ConfigError(
+                f"the first {len(out)} of the {grid.size} ranks of a replica take {num_copies} copies, allowed are "
+                f"{MAX_COPIES}"
+            )
     return out
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from wsync.describe.models.facts import Facts, LinearAttention, Mla, Moe
+from wsync.errors import ConfigError
 from wsync.spec.manifest import BUFFER, PARAMETER, TensorSpec
 
 DTYPE = "bfloat16"
+
+MAX_TENSORS = 1 << 20
+"""Fifteen times those of the largest model there is."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 """Names below a prefix, with their shapes."""
@@ -26,6 +30,9 @@ def decoder_tensors(facts: Facts, *, mtp: bool = False) -> tuple[TensorSpec, ...
     Args:
         facts: of the model.
         mtp: also the layers that predict further tokens, which most trainers and engines leave out.
+
+    Raises:
+        ConfigError: there are too many.
     """
     prefix = facts.prefix
     embedding = prefix + "embed_tokens.weight"
@@ -33,11 +40,22 @@ def decoder_tensors(facts: Facts, *, mtp: bool = False) -> tuple[TensorSpec, ...
     found = [TensorSpec(embedding, shape, DTYPE)]
     for layer in range(facts.layers):
         found += _specs(f"{prefix}layers.{layer}.", _layer(facts, layer))
+        _check_count(facts, len(found))
     found.append(TensorSpec(prefix + "norm.weight", (facts.hidden,), DTYPE))
     found.append(TensorSpec("lm_head.weight", shape, DTYPE, alias_of=embedding if facts.tied else None))
     for layer in range(facts.layers, facts.layers + facts.mtp_layers if mtp else 0):
         found += _specs(f"{prefix}layers.{layer}.", _mtp_layer(facts, layer))
+        _check_count(facts, len(found))
     return tuple(found)
+
+
+def _check_count(facts: Facts, count: int) -> None:
+    if count > MAX_TENSORS:
+        experts = 0 if facts.moe is None else facts.moe.num_experts
+        raise ConfigError(
+            f"a model of {facts.layers + facts.mtp_layers} layers and {experts} experts in each has more than "
+            f"{count} tensors, allowed are {MAX_TENSORS}"
+        )
 
 
 def _specs(prefix: str, shapes: Shapes) -> Iterator[TensorSpec]:

@@ -14,6 +14,7 @@ PREFIX, NESTED = "model.", "model.language_model."
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 16
+MAX_HEADS = 1 << 16
 MAX_SIZE = 1 << 31
 """Above these a config is a slip of the pen."""
 
@@ -165,8 +166,8 @@ def read_facts(config: Mapping[str, Any], where: str) -> Facts | None:
         vocab=read.size("vocab_size"),
         hidden=read.size("hidden_size"),
         layers=read.size("num_hidden_layers", limit=MAX_LAYERS),
-        heads=read.size("num_attention_heads"),
-        kv_heads=read.size("num_key_value_heads", default=read.size("num_attention_heads")),
+        heads=read.size("num_attention_heads", limit=MAX_HEADS),
+        kv_heads=read.size("num_key_value_heads", default=read.size("num_attention_heads"), limit=MAX_HEADS),
         head_dim=read.size("head_dim", default=_head_dim(read)),
         intermediate=read.size("intermediate_size", default=0, least=0),
         tied=read.flag("tie_word_embeddings", default=False),

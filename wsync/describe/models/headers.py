@@ -13,6 +13,7 @@ import msgspec
 
 from wsync.errors import ConfigError, DtypeMismatchError, ManifestError
 from wsync.spec.dtypes import itemsize
+from wsync.spec.files import read_file
 from wsync.spec.manifest import TensorSpec, check_tensor
 
 MAX_HEADER_BYTES = 100_000_000
@@ -69,9 +70,7 @@ def read_headers(path: Path) -> tuple[TensorSpec, ...]:
 
 def _of_index(path: Path) -> tuple[TensorSpec, ...]:
     try:
-        index = msgspec.json.decode(path.read_bytes(), type=_Index)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+        index = msgspec.json.decode(read_file(path, MAX_HEADER_BYTES), type=_Index)
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} is not the index of a safetensors checkpoint: {e}") from e
     files = dict.fromkeys(index.weight_map.values())

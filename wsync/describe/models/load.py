@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -14,6 +14,7 @@ from wsync.describe.models.headers import read_headers
 from wsync.describe.models.huggingface import tensors_of_config
 from wsync.describe.models.shape import ModelShape
 from wsync.errors import ConfigError
+from wsync.spec.files import read_file
 
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -38,13 +39,17 @@ def load_model(name_or_path: str | Path, *, mtp: bool = False) -> ModelShape:
             raise ConfigError(f"built-in model {name!r} has the unknown type {model.config['model_type']!r}")
         return ModelShape(name, decoder_tensors(facts, mtp=mtp), model.source, facts)
     path = Path(name_or_path)
-    if not path.exists():
-        known = ", ".join(BUILTIN)
-        raise ConfigError(
-            f"{str(name_or_path)!r} is neither a built-in model nor a file; built in are {known}",
-            hint="give the path of a config.json or of a safetensors file, index or folder",
-        )
-    return _of_path(path, mtp)
+    try:
+        return _of_path(path, mtp) if path.exists() else _unknown(path)
+    except OSError as e:
+        raise ConfigError(f"{str(name_or_path)!r} cannot be read: {e.strerror}") from e
+
+
+def _unknown(path: Path) -> NoReturn:
+    raise ConfigError(
+        f"{str(path)!r} is neither a built-in model nor a file; built in are {', '.join(BUILTIN)}",
+        hint="give the path of a config.json or of a safetensors file, index or folder",
+    )
 
 
 def _of_path(path: Path, mtp: bool) -> ModelShape:
@@ -65,11 +70,7 @@ def _of_path(path: Path, mtp: bool) -> ModelShape:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path} has {path.stat().st_size} bytes, a config has at most {MAX_CONFIG_BYTES}")
-        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+        config = msgspec.json.decode(read_file(path, MAX_CONFIG_BYTES), type=dict[str, Any])
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} is not the JSON of a config: {e}") from e
     text = config.get("text_config")

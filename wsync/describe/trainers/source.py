@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from msgspec import structs
 
-from wsync.describe.layout import Degrees
+from wsync.describe.layout import MAX_LISTS, Degrees, check_length, check_ranks
 from wsync.describe.models.shape import ModelShape
 from wsync.describe.parts import part_of
 from wsync.describe.trainers import fsdp, megatron, zero3
@@ -59,6 +59,11 @@ def describe_source(model: ModelShape, layout: str, hosts: Sequence[str], dtype:
         part = part_of(tensor.name)
         key = scheme.key(tensor, part)
         if key not in found:
+            if (len(found) + 1) * len(hosts) > MAX_LISTS:
+                raise ConfigError(
+                    f"layout {layout!r} gives {len(hosts)} ranks more than {len(found)} lists of boxes each, allowed "
+                    f"are {MAX_LISTS} together"
+                )
             held = scheme.shards(tensor, part)
             found[key] = equal.setdefault(held, held)
             _check_cover(tensor, held, layout)
@@ -71,10 +76,11 @@ def trainer_ranks(layout: str) -> int:
     """How many ranks a layout has; one of Megatron-Core without ``dp`` has the fewest that fit.
 
     Raises:
-        ConfigError: a layout that is malformed.
+        ConfigError: a layout that is malformed, or has too many ranks.
     """
     family, degrees = _family(layout)
-    return {_FSDP: fsdp.num_ranks, _MEGATRON: megatron.num_ranks, _ZERO3: zero3.num_ranks}[family](degrees)
+    count = {_FSDP: fsdp.num_ranks, _MEGATRON: megatron.num_ranks, _ZERO3: zero3.num_ranks}[family]
+    return check_ranks(layout, count(degrees))
 
 
 def _scheme(model: ModelShape, layout: str, world: int) -> Scheme:
@@ -87,6 +93,7 @@ def _scheme(model: ModelShape, layout: str, world: int) -> Scheme:
 
 
 def _family(layout: str) -> tuple[str, Degrees]:
+    check_length(layout)
     named = {pair.partition("=")[0].strip() for pair in layout.split(",")}
     unknown = [key for key in named if key and not any(key in keys for keys in TRAINERS.values())]
     if unknown:

@@ -75,8 +75,7 @@ def _labels(labels: dict[str, str]) -> str:
 
 
 def _escape(value: str) -> str:
-    visible = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
-    return visible.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _number(value: float) -> str:

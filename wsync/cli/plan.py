@@ -1,0 +1,122 @@
+"""``wsync plan``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
+from wsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsync.plan.types import PlanOptions
+
+_TABLE_WIDTH = 120
+
+_DESCRIPTION = """Plans the sync of two manifests on a cluster, moves nothing, and says how long it would take, how far
+that is from the best that any plan could do, which part of the cluster is the limit, and what would make it faster.
+Manifests come from `wsync describe` or from a job, cluster files from `wsync topo`."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``plan``."""
+    parser = commands.add_parser(
+        "plan",
+        help="seconds, lower bound and loads of a sync, from two manifests and a cluster file",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="manifest of the trainer")
+    parser.add_argument("sink", metavar="SINK", help="manifest of the engines")
+    parser.add_argument("--cluster", metavar="FILE", help="the machines (default: one slow port for each host)")
+    parser.add_argument("--bucket-bytes", type=int, metavar="N", help="size of a bucket (default: the best one)")
+    parser.add_argument("--no-relay", action="store_true", help="engine ranks pass nothing on to other nodes")
+    parser.add_argument(
+        "--density",
+        action="append",
+        metavar="[PREFIX=]SHARE",
+        help="share of the elements that a step changes, of all tensors or of those of a prefix; may be repeated",
+    )
+    parser.add_argument("--explain", metavar="TENSOR", help="the road of one tensor, in place of the report")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write it as JSON (-: to stdout)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the plan itself")
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plan and report. Nothing is written unless all of it worked."""
+    for target, option in ((args.json, "--json"), (args.output, "--output")):
+        check_writable(target, option)
+    options = _options(args)
+
+    from wsync.cli.plan_explain import explain
+    from wsync.cli.plan_report import plan_and_report
+    from wsync.cli.plan_tables import print_explanation, print_report
+    from wsync.plan.plans import encode_plan
+    from wsync.spec.cluster import load_cluster
+    from wsync.spec.manifest_file import load_sink, load_source
+
+    source, sink = load_source(args.source), load_sink(args.sink)
+    cluster = load_cluster(args.cluster) if args.cluster else None
+    plan, report = plan_and_report(source, sink, cluster, options)
+    found = explain(plan, source, sink, args.explain) if args.explain else None
+    if args.output:
+        write_whole(encode_plan(plan), Path(args.output))
+    if args.json:
+        write_json(report if found is None else found, args.json)
+    if args.json != "-":
+        console = stdout_console(_TABLE_WIDTH)
+        if found is None:
+            print_report(report, console)
+        else:
+            print_explanation(found, console)
+    return EXIT_OK
+
+
+def _options(args: argparse.Namespace) -> PlanOptions:
+    from wsync.plan.types import PlanOptions
+
+    return PlanOptions(args.bucket_bytes, parse_density(args.density or []), not args.no_relay)
+
+
+def parse_density(texts: list[str]) -> float | dict[str, float] | None:
+    """One share for all tensors, or by prefix of their names.
+
+    Raises:
+        ConfigError: not a number, or a prefix twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        prefix, _, share = text.rpartition("=")
+        if prefix in found:
+            raise ConfigError(f"--density names {prefix or 'all tensors'!r} twice: {found[prefix]} and {share}")
+        try:
+            found[prefix] = float(share)
+        except ValueError:
+            raise ConfigError(f"--density is {text!r}, allowed are SHARE or PREFIX=SHARE with 0 to 1") from None
+    return found or None
+
+
+def write_whole(data: bytes, path: Path) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(name).chmod(0o666 & ~umask)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
