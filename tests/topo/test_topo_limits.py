@@ -78,3 +78,8 @@ def test_a_dash_is_stdin(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"GPU 0: A\n\t Link 0: 25 GB/s\n")))
     (read,) = read_files(["-"]).machines
     assert read.gpus[0].nvlinks[0].active
+
+
+def test_a_header_that_lost_a_number_is_no_header():
+    (read,) = read_texts([("a", "\tGPU0\tGPU1\tGPU\nGPU0\tX\tNV1\tNV1\nGPU1\tNV1\tX\tNV1\n")]).machines
+    assert "header" in read.gaps[0].what
