@@ -142,9 +142,9 @@ def test_the_command_prints_reasons_json_and_lines_for_a_shell(tmp_path, capsys)
     other = tmp_path / "other"
     other.mkdir()
     (other / "topo").write_text(m.topo_m(m.b200()))
-    assert main(["topo", "advise", str(path), str(other), "--export"]) == 2
+    assert main(["topo", "advise", str(path), str(other), "--export"]) == 3
     assert "2 different environments" in capsys.readouterr().err
-    assert main(["topo", "advise", str(tmp_path / "no")]) == 2
+    assert main(["topo", "advise", str(tmp_path / "no")]) == 3
 
 
 @needs_fixtures

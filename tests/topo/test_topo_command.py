@@ -81,7 +81,7 @@ def test_what_was_saved_gets_the_same_verdict(write, tmp_path, capsys):
     direct = capsys.readouterr().out
     main(["topo", "check", saved, "--json"])
     assert capsys.readouterr().out == direct
-    assert main(["topo", "save", write("noise", "hello"), "--output", saved]) == 2
+    assert main(["topo", "save", write("noise", "hello"), "--output", saved]) == 3
     assert "none of the formats" in capsys.readouterr().err
 
 

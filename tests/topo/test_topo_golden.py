@@ -175,7 +175,7 @@ def test_the_commands(hosts, tmp_path, capsys):
     assert "CRIT 4 hosts, 2 kinds" in out
     assert "3 hosts: n0, n1, n3" in out
     assert "GPU6: 17 x 53.125 GB/s (expected 18 x 53.125 GB/s)" in out
-    assert main(["topo", "golden", "save", *hosts, "--output", golden]) == 2
+    assert main(["topo", "golden", "save", *hosts, "--output", golden]) == 3
     assert main(["topo", "compare", hosts[0]]) == 3
     assert main(["topo", "golden", "check", hosts[0] + "/topo", hosts[1]]) == 3
 

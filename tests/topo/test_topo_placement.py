@@ -181,9 +181,9 @@ def test_the_command_plans_and_writes_the_cluster_file(saved, tmp_path, capsys):
     assert again["plan"]["links"] == found["plan"]["links"]
     for data, message in ((b'{"format_version": 1}', "is no encoded plan"), (b"", "is no encoded plan")):
         encoded.with_suffix(".json").write_bytes(data)
-        assert main(["topo", "plan", saved, "--plan", str(encoded.with_suffix(".json"))]) == 2
+        assert main(["topo", "plan", saved, "--plan", str(encoded.with_suffix(".json"))]) == 3
         assert message in capsys.readouterr().err
-    assert main(["topo", "plan", saved, "--plan", str(encoded)]) == 2
+    assert main(["topo", "plan", saved, "--plan", str(encoded)]) == 3
     assert "the plan has 16 engine ranks, 1 nodes of 8 GPUs have room for 8" in capsys.readouterr().err
 
 
@@ -226,14 +226,14 @@ WRONG = [
 
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=[w[1] for w in WRONG])
 def test_what_does_not_fit_is_named(saved, args, message, capsys):
-    assert main(["topo", "plan", saved, *args]) == 2
+    assert main(["topo", "plan", saved, *args]) == 3
     assert message in capsys.readouterr().err
 
 
 def test_a_machine_without_gpus_or_with_unread_files_is_refused(tmp_path, capsys):
     noise = tmp_path / "noise"
     noise.write_text("hello")
-    assert main(["topo", "plan", str(noise), "--bytes", "1e9"]) == 2
+    assert main(["topo", "plan", str(noise), "--bytes", "1e9"]) == 3
     assert "none of the formats" in capsys.readouterr().err
 
 

@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status; never a traceback for a `WsyncError` unless ``--debug``."""
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parse(argv)
     try:
         return int(args.run(args))
     except WsyncError as e:
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stderr.write(note)
             raise
         print_error(e)
-        return exit_status(e)
+        unknown = topo.usage_status(argv) if exit_status(e) == EXIT_USAGE else None
+        return exit_status(e) if unknown is None else unknown
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED

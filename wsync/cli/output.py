@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.segment import Segment
 
 from wsync.errors import ConfigError, FormatVersionError, TransportError, WsyncError
 from wsync.spec.files import check_file, write_file
@@ -20,27 +21,53 @@ EXIT_INTERRUPTED = 130
 _PLAIN_WIDTH = 150
 
 
+class PrintableConsole(Console):
+    """Shows what names and messages have of control characters, instead of sending it to the terminal.
+
+    Names of hosts, GPUs and files come from outside: an escape code in one could rewrite what the report says.
+    """
+
+    def render_lines(self, *args: Any, **kwargs: Any) -> Any:
+        """As rich's, printable."""
+        return [list(map(_printable_segment, line)) for line in super().render_lines(*args, **kwargs)]
+
+    def render(self, *args: Any, **kwargs: Any) -> Any:
+        """As rich's, printable."""
+        return map(_printable_segment, super().render(*args, **kwargs))
+
+
+def _printable_segment(segment: Segment) -> Segment:
+    if segment.control or segment.text.isprintable():
+        return segment
+    return segment._replace(text=printable(segment.text, keep="\n"))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Control characters and what turns the direction of writing, spelt as Python does; the others as they are."""
+    return "".join(c if c in keep or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def stdout_console(min_width: int = 0) -> Console:
     """For data. A pipe gets plain text wide enough for the tables; a terminal keeps its width, ``NO_COLOR`` counts.
 
     Args:
         min_width: columns that the data needs: a narrower terminal wraps whole lines, which keeps every figure.
     """
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    return console if console.width >= min_width else Console(width=min_width)
+    console = PrintableConsole(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    return console if console.width >= min_width else PrintableConsole(width=min_width)
 
 
 def stderr_console() -> Console:
     """For logs and progress."""
-    return Console(stderr=True)
+    return PrintableConsole(stderr=True)
 
 
 def print_error(error: WsyncError) -> None:
     """``error: ...`` and ``hint: ...`` on stderr."""
     console = stderr_console()
-    console.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"error: {printable(error.message)}", style="red", markup=False, highlight=False, soft_wrap=True)
     if error.hint:
-        console.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"hint: {printable(error.hint)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def exit_status(error: WsyncError) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -23,6 +24,8 @@ ADVICE_VERSION = 1
 """Version of ``wsync topo advise --json``."""
 
 Fabric = Literal["unknown", "rails", "shared"]
+VM_TOPO_FILE = "/var/run/nvidia-topologyd/virtualTopology.xml"
+"""Where NCCL itself looks (2.30.7, ``src/graph/topo.cc``)."""
 DEFAULT_TOPO_FILE = "/etc/nccl/topo.xml"
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
@@ -206,7 +209,7 @@ def _mnnvl(seen: dict[str, Finding]) -> Iterator[Advice]:
 
 def _topo_file(seen: dict[str, Finding]) -> Iterator[Advice]:
     for name in ("vm.tree-hidden", "vm.virtual-bridge"):
-        if name in seen:
+        if name in seen and not Path(VM_TOPO_FILE).is_file():
             reason = f"{seen[name].evidence}: NCCL takes distances and rates from a tree that is not the real one"
             yield Advice("NCCL_TOPO_FILE", DEFAULT_TOPO_FILE, "the PCIe tree of sysfs", reason)
             return

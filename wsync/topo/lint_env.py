@@ -25,6 +25,7 @@ from wsync.topo.parse.text import MAX_INPUT_BYTES, clean
 _ASSIGNMENT = re.compile(r"(?<![\w.])(NCCL_\w+)=(?:\"([^\"\n]*)\"|'([^'\n]*)'|([^\s\"';]*))")
 _TABLE = re.compile(r"[^\n]*\tNCCL_IB_HCA\b")
 _NUMBER = re.compile(r"\s*[+-]?(?:0[xX][0-9a-fA-F]+|\d+)\s*")
+_SIZE = re.compile(r"\s*(\d{1,12})([KMG])(?:i?B)?\s*", re.I)
 _START = re.compile(r"\s*([+-]?\d+)")
 
 
@@ -144,7 +145,7 @@ def _lint_one(assignment: Assignment, machine: Machine | None, where: str) -> It
             name,
             f"{name}={value} in {where}: no number; NCCL reads {started[1] if started else 0}",
             "a whole number",
-            "NCCL says so nowhere; write 0 or 1",
+            _number_remedy(name, value),
         )
     if name in LEFT_SET:
         yield from _left_set(name, value, machine, where)
@@ -154,6 +155,17 @@ def _lint_one(assignment: Assignment, machine: Machine | None, where: str) -> It
     if name in PINNED:
         text = f"{name}={value} in {where}: {PINNED[name]}"
         yield _finding("lint.env-pinned", "INFO", name, text, "unset", "unset it and measure")
+
+
+def _number_remedy(name: str, value: str) -> str:
+    """What was meant, where a unit tells; NCCL reads digits and stops."""
+    size = _SIZE.fullmatch(value)
+    if size is not None:
+        meant = int(size[1]) << 10 * (1 + "KMG".index(size[2].upper()))
+        return f"NCCL knows no units: write {meant} if {value} was meant, or unset it"
+    if name in LEFT_SET:
+        return "NCCL says so nowhere; write 0 or 1"
+    return "NCCL says so nowhere; write the number, or unset it"
 
 
 def _unknown(name: str, where: str) -> Iterator[Finding]:

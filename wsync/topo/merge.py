@@ -11,7 +11,7 @@ from wsync.topo.model import Gpu, Machine, NcclView, Nic, NvLink, Oddity, PciDev
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-_JOINED = ("paths", "p2p", "xids", "kernel", "hca_lists", "gaps", "oddities", "sources")
+_JOINED = ("paths", "p2p", "xids", "sxids", "kernel", "hca_lists", "gaps", "oddities", "sources")
 
 
 def merge_machines(parts: Sequence[Machine]) -> tuple[Machine, ...]:

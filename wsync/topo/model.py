@@ -203,11 +203,25 @@ class P2p(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Xid(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error that the driver logged of a GPU; ``cause`` is the earlier Xid that the line names."""
+    """An error that the driver logged of a GPU.
+
+    Attributes:
+        cause: the earlier Xid that the line names.
+        action: that the driver asks for since then (Xid 154), in its words; ``"None"`` after recovery.
+    """
 
     bus_id: str
     code: int
     cause: int | None = None
+    action: str | None = None
+
+
+class SXid(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error that the driver logged of an NVSwitch."""
+
+    bus_id: str
+    code: int
+    fatal: bool = False
 
 
 class KernelLine(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -323,6 +337,7 @@ class Machine(msgspec.Struct, frozen=True, omit_defaults=True):
     paths: tuple[Path, ...] = ()
     p2p: tuple[P2p, ...] = ()
     xids: tuple[Xid, ...] = ()
+    sxids: tuple[SXid, ...] = ()
     kernel: tuple[KernelLine, ...] = ()
     hca_lists: tuple[HcaList, ...] = ()
     nccl: NcclView | None = None

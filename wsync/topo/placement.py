@@ -109,7 +109,9 @@ def sync_step(
             f"{trainer.num_gpus - 1}"
         )
     nics = reached_nics(trainer, gpus, relay)
-    send = trainer.count * min(math.fsum(trainer.nics[i].rate_gbps for i in nics), _ports_gbps(trainer, gpus, relay))
+    network = trainer.count * math.fsum(trainer.nics[i].rate_gbps for i in nics)
+    ports = trainer.count * _ports_gbps(trainer, gpus, relay)
+    send = min(network, ports)
     if not send or not engine.nics:
         near = [f"GPU{g}" for g in range(trainer.num_gpus) if own_nics(trainer, g)]
         where = "the senders are near no NIC" if not send else f"nodes of {engine.name!r} have no NIC"
@@ -117,7 +119,11 @@ def sync_step(
             f"{where}: GPUs {', '.join(map(str, gpus))} of {trainer.name!r} cannot send to {engine.name!r}",
             hint=f"near a NIC: {', '.join(near) or 'no GPU'}; --relay counts those of NVLink peers",
         )
-    ways = {"NICs that the senders reach": send, "NICs of one engine node": engine.network_gbps}
+    ways = {
+        "NICs that the senders reach": network,
+        "PCIe of the senders": ports,
+        "NICs of one engine node": engine.network_gbps,
+    }
     if engine.nvlink_gbps is not None and engine.nvlink_domain > 1:
         ways["NVLink of one engine GPU"] = engine.nvlink_gbps
     slowest = min(ways, key=ways.__getitem__)

@@ -150,7 +150,12 @@ class _Builder:
         known = min((s for s in speeds if s is not None), default=None)
         if known is not None:
             return self._rate("pcie", known * share, f"{known:g} GB/s of the slowest port x {share:.3f}")
-        spec = pcie_gbps(self.case.profile.pcie_gtps or 16.0, 16) or 31.5
+        gtps = self.case.profile.pcie_gtps
+        if gtps is None:
+            # GPUs with 18 NVLinks or more (Hopper and later) have Gen5; of others nothing follows.
+            gtps = 32.0 if (self.case.links or 0) >= 18 else 16.0
+            self.notes.append(f"PCIe rates are not in the inputs: {gtps:g} GT/s x 16 is assumed; --platform")
+        spec = pcie_gbps(gtps, 16) or 31.5
         return self._rate("pcie", spec * share, f"{spec:g} GB/s of {self.case.profile.name} x {share:.3f}")
 
     def _nvlink(self) -> float:

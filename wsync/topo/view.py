@@ -37,12 +37,16 @@ class View:
     @cached_property
     def gpu_paths(self) -> dict[tuple[int, int], Path]:
         """Paths of pairs of GPUs by index, ``a < b``, from either's row."""
+        # Over what is known, not over all pairs: a machine may name thousands of GPUs and say nothing of them.
+        at = {g.label: i for i, g in enumerate(self.gpus)}
+        pairs = {
+            (min(at[a], at[b]), max(at[a], at[b])) for a, b in self._cells if a in at and b in at and at[a] != at[b]
+        }
         found = {}
-        for i, a in enumerate(self.gpus):
-            for b in self.gpus[i + 1 :]:
-                path = self.path(a.label, b.label)
-                if path is not None:
-                    found[a.index, b.index] = path
+        for i, j in sorted(pairs):
+            path = self.path(self.gpus[i].label, self.gpus[j].label)
+            if path is not None:
+                found[self.gpus[i].index, self.gpus[j].index] = path
         return found
 
     @cached_property

@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import stdout_console
 from wsync.cli.topo.inputs import read_file
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
-from wsync.cli.topo.lines import print_verdict
+from wsync.cli.topo.lines import print_verdict, say
 from wsync.errors import ConfigError
 from wsync.topo.achieved import Achieved, compare_run, decode_prediction, decode_runs
 from wsync.topo.findings import Severity
@@ -53,11 +52,6 @@ def _print_all(found: list[Achieved]) -> None:
 
 
 def _print(one: Achieved) -> None:
-    console = stdout_console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     print_verdict(
         one.verdict,
         f"{one.name}: {one.wire_gbps:.4g} of {one.predicted_gbps:.4g} GB/s predicted; wire {one.wire_s:.3g} s of "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import EXIT_OK, check_writable, stderr_console, stdout_console, write_json
+from wsync.cli.output import EXIT_OK, check_writable, printable, stderr_console, stdout_console, write_json
 from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
+from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
-from wsync.topo.advise import Advised, advise
+from wsync.topo.advise import Advice, Advised, advise
 
 
 def add_parser(commands: Any) -> None:
@@ -56,7 +58,7 @@ def run_advise(args: argparse.Namespace) -> int:
 
 
 def _print_export(advised: list[Advised]) -> None:
-    wanted = {tuple((a.name, a.value) for a in one.advice) for one in advised}
+    wanted = {tuple((a.name, a.value) for a in one.advice if _certain(a)) for one in advised}
     if len(wanted) > 1:
         hosts = ", ".join(str(one.host) for one in advised)
         raise ConfigError(
@@ -64,17 +66,23 @@ def _print_export(advised: list[Advised]) -> None:
             hint="call it once for each host",
         )
     for one in advised[:1]:
-        for advice in one.advice:
+        for advice in filter(_certain, one.advice):
             stdout_console().print(
                 f"export {advice.name}={shlex.quote(advice.value)}", markup=False, highlight=False, soft_wrap=True
             )
-            stderr_console().print(f"{advice.name}: {advice.reason}", markup=False, highlight=False, soft_wrap=True)
+            stderr_console().print(
+                printable(f"{advice.name}: {advice.reason}"), markup=False, highlight=False, soft_wrap=True
+            )
+
+
+def _certain(advice: Advice) -> bool:
+    """What a job may set unseen: nothing that is to be measured first, no file that is not there."""
+    return not advice.measure and (advice.name != "NCCL_TOPO_FILE" or Path(advice.value).is_file())
 
 
 def _print(one: Advised) -> None:
-    console = stdout_console()
     count = f"{len(one.advice)} variables" if one.advice else "NCCL's defaults are right"
-    console.print(f"{one.host or 'this machine'}: {count}", markup=False, highlight=False, soft_wrap=True)
+    say(f"{one.host or 'this machine'}: {count}")
     for advice in one.advice:
         lines = [
             f"  {advice.name}={advice.value}",
@@ -84,6 +92,6 @@ def _print(one: Advised) -> None:
         if advice.measure:
             lines.append("      measure with and without it")
         for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line)
     for note in one.notes:
-        console.print(f"  note: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(f"  note: {note}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wsync.cli.output import stdout_console
 from wsync.cli.topo.hosts import read_hosts
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
-from wsync.cli.topo.lines import print_findings, print_verdict
+from wsync.cli.topo.lines import print_findings, print_verdict, say
 from wsync.errors import ConfigError
 from wsync.topo.compare import Comparison, compare
 from wsync.topo.model import Machine
@@ -45,5 +44,5 @@ def _print(found: Comparison, num_hosts: int) -> None:
     for group in found.groups:
         hosts = ", ".join(group.hosts[:8]) + (f" and {len(group.hosts) - 8} more" if len(group.hosts) > 8 else "")
         line = f"  {group.fingerprint}  {len(group.hosts)} hosts: {hosts}"
-        stdout_console().print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     print_findings(found.findings)

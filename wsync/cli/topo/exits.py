@@ -22,9 +22,6 @@ STYLES: dict[str, dict[Verdict, int]] = {
 FAIL_ON: dict[str, Severity] = {"info": "INFO", "warn": "WARN", "crit": "CRIT"}
 DEFAULT_FAIL_ON = {"nagios": "warn", "npd": "warn", "prolog": "crit", "strict": "warn"}
 
-NO_VERDICT = ("save", "golden save", "plan", "advise")
-"""Commands that judge nothing; their exit statuses are those of other commands."""
-
 EPILOG = """exit status of check, compare, golden check and diff, lint, import-bandwidth and
 achieved, and of wrong arguments of theirs, by --exit-style:
                                       nagios  npd  prolog  strict
@@ -34,7 +31,8 @@ achieved, and of wrong arguments of theirs, by --exit-style:
   UNKNOWN  an input cannot be read, too    3    2       0       1
            much is missing, wrong arguments
 
-save, golden save, plan and advise judge nothing: 0 done, 2 wrong arguments or inputs"""
+save, golden save, plan and advise judge nothing: 0 done, 3 wrong arguments or inputs,
+which is no verdict either"""
 
 
 def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +63,12 @@ def counted_verdict(severities: Iterable[Severity], style: str, fail_on: str | N
 
 
 def usage_status(argv: Sequence[str]) -> int | None:
-    """Exit status of wrong arguments of ``wsync topo``: UNKNOWN, as argparse's 2 reads CRIT.
-
-    None for other commands, and for those that judge nothing.
+    """Exit status of wrong arguments and inputs of ``wsync topo``: UNKNOWN, as 2 reads CRIT. None for other commands.
 
     The style is looked for in the arguments as they stand, since they could not be parsed.
     """
     words = [a for a in argv if not a.startswith("-")]
-    if words[:1] != ["topo"] or {" ".join(words[1:2]), " ".join(words[1:3])} & set(NO_VERDICT):
+    if words[:1] != ["topo"]:
         return None
     style = "nagios"
     for option, value in zip(argv, [*argv[1:], ""], strict=True):

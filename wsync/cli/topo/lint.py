@@ -58,19 +58,22 @@ def _lint(args: argparse.Namespace) -> LintReport:
         return lint(args.files, None, machine, sysfs=sysfs)
     if args.env is None:
         variables = assignments_of(os.environ)
-        return lint((), variables, machine, _count("environment of this process", variables), sysfs, follow=True)
+        name = "environment of this process"
+        return _counted(lint((), variables, machine, name, sysfs, follow=True), name, variables)
     data, name = _read_bytes(args.env)
     variables = parse_environment(data, name)
     tables = lint_tables(data, machine, name)
-    report = lint(args.files, variables, machine, _count(name, variables) if not tables else name, sysfs)
+    report = lint(args.files, variables, machine, name, sysfs)
     if not tables:
-        return report
+        return _counted(report, name, variables)
     findings = (*tables, *report.findings)
     return LintReport(worst(findings), report.inputs, findings)
 
 
-def _count(name: str, variables: tuple[Assignment, ...]) -> str:
-    return f"{name} ({len(names_of(variables))} variables of NCCL)"
+def _counted(report: LintReport, name: str, variables: tuple[Assignment, ...]) -> LintReport:
+    """How many variables an input has is said once, not in each finding."""
+    shown = f"{name} ({len(names_of(variables))} variables of NCCL)"
+    return LintReport(report.verdict, tuple(shown if i == name else i for i in report.inputs), report.findings)
 
 
 def _read_machine(inputs: list[str]) -> Machine | None:

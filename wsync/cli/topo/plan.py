@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 
-from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
+from wsync.cli.output import EXIT_OK, check_writable, write_json
 from wsync.cli.topo.hosts import read_hosts
 from wsync.cli.topo.inputs import read_file
+from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup, check_cluster, dump_cluster
 from wsync.topo.placement import CURVE, Placement, as_collective, own_nics, place_senders
@@ -171,11 +172,6 @@ def _hosts(group: NodeGroup) -> list[str]:
 
 
 def _print(result: TopoPlan) -> None:
-    console = stdout_console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     now = result.placement.now
     names = result.nics[TRAINER]
     say(f"{result.nbytes / 1e9:.4g} GB to every engine node: {now.time_s:.3g} s, limited by {now.slowest}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wsync.cli.output import stdout_console
+from wsync.cli.output import printable, stdout_console
 from wsync.topo.findings import Finding
 from wsync.topo.render.summary import count_findings, plural, root_findings, spell_counts, where
 from wsync.topo.report import MachineReport, Report
@@ -27,13 +27,13 @@ def print_report(report: Report, quiet: bool = False) -> None:
     console = stdout_console()
     if len(report.machines) > 1 and not (quiet and report.verdict == "OK"):
         style = STYLES[report.verdict]
-        console.print(Text.assemble((report.verdict, style), " ", describe_all(report)), soft_wrap=True)
+        console.print(Text.assemble((report.verdict, style), " ", printable(describe_all(report))), soft_wrap=True)
     if report.findings:
         _print_table(report.findings, symptoms=False)
     for machine in report.machines:
         if quiet and machine.verdict == "OK":
             continue
-        head = Text.assemble((machine.verdict, STYLES[machine.verdict]), " ", describe(machine))
+        head = Text.assemble((machine.verdict, STYLES[machine.verdict]), " ", printable(describe(machine)))
         console.print(head, soft_wrap=True)
         findings = [f for f in machine.findings if not quiet or f.severity != "INFO"]
         if findings:
@@ -79,16 +79,16 @@ def _print_table(findings: Sequence[Finding], symptoms: bool = True) -> None:
     for finding in findings:
         table.add_row(
             Text(finding.severity, STYLES[finding.severity]),
-            Text(finding.id),
-            Text(where(finding)),
-            Text(finding.evidence),
-            Text(finding.expected),
-            Text(finding.remedy),
+            *(Text(printable(t)) for t in _cells(finding)),
         )
         if symptoms:
             for cells in symptom_rows(finding):
-                table.add_row(Text(""), *(Text(cell, "dim") for cell in cells))
+                table.add_row(Text(""), *(Text(printable(cell), "dim") for cell in cells))
     stdout_console().print(table)
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    return finding.id, where(finding), finding.evidence, finding.expected, finding.remedy
 
 
 def symptom_rows(finding: Finding) -> list[tuple[str, str, str]]:

@@ -6,7 +6,21 @@ afterwards, in `wsync.topo.roots`.
 
 from __future__ import annotations
 
-from wsync.topo.checks import completeness, links, lint, live, nccl, network, numa, pairs, pcie, state, views, wiring
+from wsync.topo.checks import (
+    completeness,
+    kernel_log,
+    links,
+    lint,
+    live,
+    nccl,
+    network,
+    numa,
+    pairs,
+    pcie,
+    state,
+    views,
+    wiring,
+)
 from wsync.topo.checks.base import Case, Check
 from wsync.topo.findings import Finding
 
@@ -24,7 +38,8 @@ CHECKS: tuple[Check, ...] = (
     wiring.check_wiring,
     pairs.check_p2p,
     state.check_fabric,
-    state.check_xids,
+    kernel_log.check_xids,
+    kernel_log.check_sxids,
     pcie.check_width,
     pcie.check_speed,
     pcie.check_platform_speed,

@@ -66,6 +66,7 @@ def check_something(case: Case) -> Iterator[Finding]:
         any(p.a in labels or p.b in labels for p in m.paths)
         or m.p2p
         or m.xids
+        or m.sxids
         or m.kernel
         or m.hca_lists
         or m.nccl

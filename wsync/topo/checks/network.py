@@ -228,10 +228,21 @@ def check_compute_set(case: Case) -> Iterator[Finding]:
             "nic.compute-set",
             "INFO",
             rest,
-            f"{names([n.label for n in rest])}: not near a GPU (storage or front end)",
-            remedy="NCCL_IB_HCA==" + ",".join(_hca_names(chosen)),
+            _why_not(rest),
+            remedy=_hca_remedy(chosen),
         )
 
 
-def _hca_names(nics: tuple[Nic, ...]) -> list[str]:
-    return [n.label for n in nics]
+def _why_not(nics: list[Nic]) -> str:
+    down = [n for n in nics if n.state not in (None, "ACTIVE")]
+    away = [n for n in nics if n not in down]
+    parts = [f"{names([n.label for n in away])}: slower, or not near a GPU (storage or front end)"] if away else []
+    parts += [f"{n.label} is {n.state}" for n in down]
+    return "; ".join(parts)
+
+
+def _hca_remedy(nics: tuple[Nic, ...]) -> str:
+    """The list for NCCL, where the inputs give names and not only numbers."""
+    if any(n.label.startswith(("NIC", "nic@", "NET/")) for n in nics):
+        return "add the NIC legend of `nvidia-smi topo -m`: it gives the names for NCCL_IB_HCA"
+    return "NCCL_IB_HCA==" + ",".join(n.label for n in nics)

@@ -9,10 +9,6 @@ from wsync.topo.checks.links import ISOLATED_REMEDY
 from wsync.topo.findings import Finding
 from wsync.topo.platforms import UNKNOWN
 
-NVLINK_XIDS = {74, 144, 145, 146, 147, 148, 149, 150}
-"""NVLink errors; 144 to 150 on Blackwell. Source: NVIDIA's Xid catalog."""
-LOST_XIDS = {79, 119, 120, 154}
-"""Fallen off the bus, GSP timeouts and errors, recovery needed."""
 BAD_HEALTH = ("bandwidth", "route", "access timeout", "incorrect", "recovery")
 
 
@@ -149,43 +145,3 @@ def check_fabric(case: Case) -> Iterator[Finding]:
 def _is_bad(key: str, value: str) -> bool:
     good = ("Full", "False", "No", "None", "Healthy", "OK", "N/A", "Not Supported", "0")
     return any(word in key.lower() for word in (*BAD_HEALTH, "summary")) and value not in good
-
-
-def check_xids(case: Case) -> Iterator[Finding]:
-    """Errors that the kernel logged: those of NVLink and of lost GPUs are faults, others are worth knowing."""
-    for codes, finding_id, what in (
-        (NVLINK_XIDS, "xid.nvlink", "NVLink errors"),
-        (LOST_XIDS, "xid.lost", "GPUs that fell off the bus or must recover"),
-    ):
-        hit = [x for x in case.machine.xids if {x.code, x.cause} & codes]
-        if hit:
-            buses = list(dict.fromkeys(x.bus_id for x in hit))
-            seen = sorted({c for x in hit for c in (x.code, x.cause) if c in codes})
-            shown = ", ".join(map(str, seen))
-            gpus = [next((g for g in case.view.gpus if g.bus_id == bus), bus) for bus in buses]
-            found = case.finding(
-                finding_id,
-                "CRIT",
-                gpus,
-                f"Xid {shown} of {', '.join(buses)}: {what}",
-                "no such Xid",
-                ISOLATED_REMEDY,
-            )
-            yield _with_buses(found, buses)
-    known = NVLINK_XIDS | LOST_XIDS
-    rest = [x for x in case.machine.xids if not {x.code, x.cause} & known]
-    if rest:
-        codes_seen = sorted({x.code for x in rest})
-        yield case.finding(
-            "xid.other",
-            "INFO",
-            sorted({x.bus_id for x in rest}),
-            f"Xid {', '.join(map(str, codes_seen))} was logged",
-            remedy="look it up in NVIDIA's Xid catalog",
-        )
-
-
-def _with_buses(finding: Finding, buses: list[str]) -> Finding:
-    from msgspec.structs import replace
-
-    return replace(finding, subject=replace(finding.subject, bus_ids=tuple(buses)))

@@ -6,7 +6,11 @@ that cannot be read or understood does not stop the others: it becomes a fatal `
 
 from __future__ import annotations
 
+import os
+import stat
+import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from wsync.errors import ConfigError, WsyncError
@@ -101,29 +105,32 @@ def read_texts(texts: Iterable[tuple[str, str]], host: str | None = None) -> Top
         texts: names and contents.
         host: name of the machine, where no input tells it.
     """
+    return _merged(((source, partial(str, text)) for source, text in texts), host)
+
+
+def read_files(paths: Iterable[str | Path], host: str | None = None) -> Topology:
+    """Read the files of one machine and merge them; as `read_texts`."""
+    return _merged(((path.name, partial(_read, path)) for path in map(Path, paths)), host)
+
+
+def _merged(inputs: Iterable[tuple[str, Callable[[], str]]], host: str | None) -> Topology:
     parts: list[Machine] = []
-    for source, text in texts:
+    for source, read in inputs:
         try:
-            parts += parse_text(text, source)
+            parts += parse_text(read(), source)
         except WsyncError as e:
             parts.append(Machine(gaps=(Gap(e.message, source, fatal=True),), sources=(source,)))
     return Topology(_named(merge_machines(parts), host))
 
 
-def read_files(paths: Iterable[str | Path], host: str | None = None) -> Topology:
-    """Read the files of one machine and merge them; as `read_texts`."""
-    parts: list[Machine] = []
-    for path in map(Path, paths):
-        try:
-            parts += parse_text(_read(path), path.name)
-        except WsyncError as e:
-            parts.append(Machine(gaps=(Gap(e.message, path.name, fatal=True),), sources=(path.name,)))
-    return Topology(_named(merge_machines(parts), host))
-
-
 def _read(path: Path) -> str:
+    """A regular file or, for ``-``, stdin. Others may never answer: a check must not wait for them."""
+    if str(path) == "-":
+        return decode(sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin")
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path} is no regular file", hint="write it to a file, or pipe it in and give -")
             data = file.read(MAX_INPUT_BYTES + 1)
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}") from e

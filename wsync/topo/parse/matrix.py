@@ -17,7 +17,7 @@ from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, expand, numbers
 _CELL = re.compile(r"[ \t|]*(NV\d{1,2}|PIX|PXB|PHB|NODE|SYS|SOC|X)(?=[^A-Za-z]|NV|PIX|PXB|PHB|NODE|SYS|SOC|X|$)")
 _LABEL = re.compile(r"(?:GPU|NIC)\d{1,4}")
 _GLUED = re.compile(r"(?:(?:GPU|NIC)\d{1,4}){2,}")
-_NAME = re.compile(r"[A-Za-z][\w.\-]*")
+_NAME = re.compile(r"(?!GPU(?!\d{1,4}$))[A-Za-z][\w.\-]*")
 _TAIL = re.compile(r"CPU Affinity|NUMA Affinity|GPU NUMA ID", re.I)
 _LEGEND = re.compile(r"[ \t>|]*(NIC\d{1,4})\s*:\s*(\S+)\s*$")
 _HIDDEN = re.compile(r"(\d+) NICs found in the topology, only displaying (\d+)")

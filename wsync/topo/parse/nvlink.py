@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass, field
 
 from wsync.topo.model import Gap, Gpu, Machine, NvLink
-from wsync.topo.parse.text import MAX_DEVICES, bus_id, numbers
+from wsync.topo.parse.text import MAX_DEVICES, MAX_WORDS_CHARS, bus_id, numbers
 from wsync.topo.platforms import profile_of_product
 
-_GPU = re.compile(r"\s*GPU\s+(\d{1,4}):\s*([^(\n]*?)\s*(?:\(UUID.*)?$")
-_LINK = re.compile(r"\s*Link\s+(\d{1,3})\s*[:,]\s*(.*?)\s*$")
+_GPU = re.compile(r"\s*GPU\s+(\d{1,4}):([^(\n]*)(?:\(UUID.*)?$")
+_LINK = re.compile(r"\s*Link\s+(\d{1,3})\s*[:,]\s*(.*)$")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s")
 _COUNTER = re.compile(r"([A-Za-z][\w /()-]*?)\s*:\s*(\d+)\s*$")
 _NONE = re.compile(r"all links are in-?active", re.I)
@@ -39,9 +39,11 @@ def parse_nvlink(text: str, source: str) -> Machine:
     listings: dict[int, _Listing] = {}
     now: _Listing | None = None
     for line in text.splitlines():
+        if len(line) > MAX_WORDS_CHARS:
+            continue
         gpu = _GPU.match(line)
         if gpu is not None and len(listings) <= MAX_DEVICES:
-            now = listings.setdefault(int(gpu[1]), _Listing(int(gpu[1]), gpu[2]))
+            now = listings.setdefault(int(gpu[1]), _Listing(int(gpu[1]), gpu[2].strip()))
         elif now is not None:
             _read_line(now, line)
     found = list(listings.values())
@@ -66,7 +68,7 @@ def _read_line(listing: _Listing, line: str) -> None:
     found = _LINK.match(line)
     if found is None:
         return
-    index, rest = int(found[1]), found[2]
+    index, rest = int(found[1]), found[2].rstrip()
     known = listing.links.get(index, NvLink(index))
     rate, remote, counter = _RATE.match(rest), rest.startswith("Remote Device"), _COUNTER.fullmatch(rest)
     if rate is not None:

@@ -10,6 +10,10 @@ from wsync.errors import ConfigError, FormatVersionError
 from wsync.topo.model import FORMAT_VERSION, Gpu, Machine, Nic, PciDevice, Pcie, Topology
 from wsync.topo.parse.text import MAX_DEVICES, bus_id, speed_gtps
 
+MAX_INDEX = 9999
+"""Four digits, as the parsers of text read them."""
+MAX_RATE = 1e6
+
 
 def encode_topology(topology: Topology) -> bytes:
     """Indented JSON."""
@@ -39,9 +43,35 @@ def _own(value: dict[str, Any], source: str) -> tuple[Machine, ...]:
         got = value.get("format_version")
         raise FormatVersionError(f"{source}: a topology of version {got!r}, this wsync reads {FORMAT_VERSION}")
     try:
-        return msgspec.convert(value, Topology).machines
+        machines = msgspec.convert(value, Topology).machines
     except (msgspec.ValidationError, RecursionError) as e:
         raise ConfigError(f"{source}: a damaged topology: {e}") from e
+    for machine in machines:
+        _check_values(machine, source)
+    return machines
+
+
+def _check_values(machine: Machine, source: str) -> None:
+    """Numbers that no machine has: they would be believed, or keep the checks busy."""
+    for what, items in (("GPUs", machine.gpus), ("NICs", machine.nics), ("PCIe devices", machine.pci)):
+        if len(items) > MAX_DEVICES:
+            raise ConfigError(f"{source}: {len(items)} {what}, allowed are {MAX_DEVICES}")
+    for gpu in machine.gpus:
+        _in_range(source, "a GPU's index", gpu.index, MAX_INDEX)
+        for link in gpu.nvlinks or ():
+            _in_range(source, f"index of a link of {gpu.label}", link.index, MAX_INDEX)
+            _in_range(source, f"GB/s of a link of {gpu.label}", link.rate_gbps, MAX_RATE)
+        for peer in gpu.peers or ():
+            _in_range(source, f"links of {gpu.label} to {peer.target}", peer.count, MAX_INDEX)
+    for nic in machine.nics:
+        _in_range(source, f"Gbit/s of {nic.label}", nic.rate_gbit, MAX_RATE)
+    for path in machine.paths:
+        _in_range(source, f"NVLinks of {path.a} to {path.b}", path.links, MAX_INDEX)
+
+
+def _in_range(source: str, what: str, value: float | None, most: float) -> None:
+    if value is not None and not 0 <= value <= most:
+        raise ConfigError(f"{source}: {what} is {value:g}, allowed is 0 to {most:g}")
 
 
 def _golden(devices: dict[str, Any], source: str) -> Machine:

@@ -10,6 +10,8 @@ from wsync.errors import ConfigError
 MAX_INPUT_BYTES = 16 << 20
 """Of one file. The XML of a 576-GPU domain has about 600 kB, the log of a large job more."""
 MAX_LINE_CHARS = 1 << 16
+MAX_WORDS_CHARS = 4096
+"""Of a line of names and values; longer ones are none, and would keep patterns busy."""
 MAX_DEVICES = 4096
 """Of one kind in one input; a larger index is damage, not a machine."""
 

@@ -1,0 +1,85 @@
+"""Inputs that would keep a check busy, that it would wait for, or whose numbers no machine has."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from wsync.topo.model import Gpu, Machine, Path, Topology
+from wsync.topo.parse import host_files, nvlink, read_files, read_texts
+from wsync.topo.parse.saved import encode_topology
+from wsync.topo.view import View
+
+
+def test_many_errors_in_one_line_are_each_read_up_to_the_next():
+    text = "NVRM: Xid (PCI:0000:18:00): 45, x " + "NVRM: Xid (PCI:0000:19:00): 79, previous Xid 74 "
+    xids = host_files.parse_kernel(text, "a").xids
+    assert [(x.bus_id, x.code, x.cause) for x in xids] == [("0000:18:00.0", 45, None), ("0000:19:00.0", 79, 74)]
+
+
+def test_a_line_too_long_for_a_link_is_passed_over():
+    text = "GPU 0: A\n\t Link 0: 25 GB/s\n\t Link 1:" + " " * 5000 + "25 GB/s\n"
+    assert [x.index for x in nvlink.parse_nvlink(text, "a").gpus[0].nvlinks] == [0]
+
+
+def test_pairs_of_gpus_are_those_that_an_input_tells():
+    class Counted(View):
+        asked = 0
+
+        def path(self, a, b):
+            Counted.asked += 1
+            return super().path(a, b)
+
+    view = Counted(Machine(gpus=tuple(Gpu(i) for i in range(3000)), paths=(Path("GPU7", "GPU3", "NV", 4),)))
+    assert list(view.gpu_paths) == [(3, 7)]
+    assert Counted.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"index": 0', '"index": -1'), "a GPU's index is -1"),
+        (('"index": 0', '"index": 123456'), "a GPU's index is 123456"),
+        (('"links": 4', '"links": -3'), "NVLinks of GPU0 to GPU1 is -3"),
+        (('"rate_gbit": 400.0', '"rate_gbit": -400.0'), "Gbit/s of mlx5_0 is -400"),
+    ],
+)
+def test_a_saved_topology_with_numbers_of_no_machine_is_refused_by_name(change, message):
+    from wsync.topo.model import Nic
+
+    machine = Machine(
+        gpus=(Gpu(0), Gpu(1)), nics=(Nic("mlx5_0", rate_gbit=400.0),), paths=(Path("GPU0", "GPU1", "NV", 4),)
+    )
+    text = encode_topology(Topology((machine,))).decode()
+    assert change[0] in text
+    (read,) = read_texts([("a.json", text.replace(*change))]).machines
+    assert any(g.fatal and message in g.what for g in read.gaps)
+
+
+def test_a_saved_topology_of_more_devices_than_any_machine_is_refused():
+    text = encode_topology(Topology((Machine(gpus=tuple(Gpu(i) for i in range(5000))),))).decode()
+    (read,) = read_texts([("a.json", text)]).machines
+    assert re.search(r"5000 GPUs, allowed are \d+", read.gaps[0].what)
+
+
+def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (read,) = read_files([tmp_path / "pipe"]).machines
+    assert read.gaps[0].fatal
+    assert "no regular file" in read.gaps[0].what
+
+
+def test_a_dash_is_stdin(monkeypatch):
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"GPU 0: A\n\t Link 0: 25 GB/s\n")))
+    (read,) = read_files(["-"]).machines
+    assert read.gpus[0].nvlinks[0].active
+
+
+def test_a_header_that_lost_a_number_is_no_header():
+    (read,) = read_texts([("a", "\tGPU0\tGPU1\tGPU\nGPU0\tX\tNV1\tNV1\nGPU1\tNV1\tX\tNV1\n")]).machines
+    assert "header" in read.gaps[0].what
