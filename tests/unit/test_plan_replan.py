@@ -84,6 +84,11 @@ def test_plans_of_a_changing_fleet_bring_every_byte_once(seed):
     run_history(seed, 2)
 
 
+def test_scales_stay_with_a_rank_that_packs_their_weights():
+    """A sender lost all needers of some weights, and not those of their scales."""
+    run_history(4485, 4)
+
+
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
 @settings(max_examples=800, deadline=None)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
+from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_data, write_json
 from wsync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +61,7 @@ def run_plan(args: argparse.Namespace) -> int:
     plan, report = plan_and_report(source, sink, cluster, options)
     found = explain(plan, source, sink, args.explain) if args.explain else None
     if args.output:
-        write_whole(encode_plan(plan), Path(args.output))
+        write_data(args.output, encode_plan(plan))
     if args.json:
         write_json(report if found is None else found, args.json)
     if args.json != "-":
@@ -98,25 +95,3 @@ def parse_density(texts: list[str]) -> float | dict[str, float] | None:
         except ValueError:
             raise ConfigError(f"--density is {text!r}, allowed are SHARE or PREFIX=SHARE with 0 to 1") from None
     return found or None
-
-
-def write_whole(data: bytes, path: Path) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(name).chmod(0o666 & ~umask)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e

@@ -50,7 +50,8 @@ def patch(
         relay: whether engine ranks may pass on to other nodes.
 
     Returns:
-        None where a new rank has no twin: one that needs the same, and needs it from as far.
+        None where a new rank has no twin (one that needs the same, and needs it from as far), or where scales could
+        be left without the weights whose packing makes them.
     """
     kept = _kept(before.sinks, sinks)
     like = _twins(sinks, nodes, set(kept.values()))
@@ -61,6 +62,8 @@ def patch(
         nbytes[flow.tree_idx] += flow.wire_bytes
     lost = [i for i in range(len(before.sinks.numbers)) if i not in kept]
     left = without_sinks(before.trees, nbytes, before.nodes, lost, relay=relay)
+    if _orphans(before.flows, left):
+        return None
     names = {SOURCE: SOURCE, **dict(enumerate(kept[i] for i in sorted(kept)))}
     index = {old: new for new, old in enumerate(i for i, tree in enumerate(left) if tree is not None)}
     trees = [_renamed(tree, names) for tree in left if tree is not None]
@@ -93,6 +96,15 @@ def _twins(sinks: Sinks, nodes: Nodes, kept: set[int]) -> dict[int, int] | None:
     if not all(away[i] and keys[i] in twins for i in new):
         return None
     return {i: twins[keys[i]] for i in new}
+
+
+def _orphans(flows: Sequence[Flow], left: Sequence[Tree | None]) -> bool:
+    """Whether scales may be left that a rank sends and no longer makes, since nobody takes the weights from it."""
+    gone = {(f.src_rank, e.class_idx) for f in flows if f.stage == 0 and left[f.tree_idx] is None for e in f.entries}
+    if not gone:
+        return False
+    scales = (f for f in flows if f.stage and left[f.tree_idx] is not None)
+    return any((f.src_rank, e.class_idx) in gone for f in scales for e in f.entries)
 
 
 def _renamed(tree: Tree, names: Mapping[int, int]) -> Tree:

@@ -19,7 +19,7 @@ import msgspec
 from wsync.errors import ConfigError, FormatVersionError, ManifestError, WireError
 from wsync.plan import Plan, decode_plan, make_plan
 from wsync.plan.types import PlanOptions
-from wsync.sim.options import SimOptions, check_options, nearest, shown
+from wsync.sim.options import SimOptions, check_options, nearest
 from wsync.sim.presets import PRESETS, find_preset
 from wsync.spec.cluster import Cluster, load_cluster
 from wsync.spec.files import read_file
