@@ -300,7 +300,7 @@ def test_without_a_cluster_buckets_have_their_default_size():
 
 def test_a_planner_chooses_another_size_when_the_fleet_has_become_another_one():
     source = fsdp_source(LARGE, ["n-0"] * 8)
-    cluster = Cluster((NODE, gpu_group("e", 16, 8, nic_gbps=2.0)))
+    cluster = Cluster((NODE, gpu_group("e", 16, 8, nic_gbps=0.25)))
     planner = Planner(source, cluster)
     one, many = (tp_sink(LARGE, [[f"e-{i}"] * 8 for i in range(n)]) for n in (1, 16))
     sizes = [planner.plan(sink).bucket_bytes for sink in (one, many, one)]

@@ -12,6 +12,10 @@ from wsync.plan.types import DEFAULT_BUCKET_BYTES
 
 _MIN_BYTES = 256 << 10
 _MAX_BYTES = 64 << 20
+"""On one island, where nothing but the ranks themselves is slow and each message counts."""
+_MAX_BYTES_BETWEEN = 4 << 20
+"""Between islands: a rank reaches several NICs and waits for them, so that its messages cost nothing, while every byte
+of a bucket delays the pipeline and is shared among NICs as a whole."""
 _MIN_BUCKETS = 4
 """That each trainer rank has at least for an engine rank, so that most are full."""
 
@@ -32,7 +36,8 @@ def choose_bucket_bytes(asked_bytes: Mapping[int, int], sinks: Sinks, nodes: Nod
         return DEFAULT_BUCKET_BYTES
     size = math.sqrt(alpha_s * nbytes / _fill_s_per_byte(sinks, nodes))
     size = min(size, nbytes / (_MIN_BUCKETS * len(nodes.sources)))
-    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), _MAX_BYTES)
+    largest = _MAX_BYTES if len({*nodes.island}) < 2 else _MAX_BYTES_BETWEEN
+    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), largest)
 
 
 def _fill_s_per_byte(sinks: Sinks, nodes: Nodes) -> float:
