@@ -13,7 +13,7 @@ from wsync.plan.types import DEFAULT_BUCKET_BYTES
 _MIN_BYTES = 256 << 10
 _MAX_BYTES = 64 << 20
 """On one island, where nothing but the ranks themselves is slow and each message counts."""
-_MAX_BYTES_BETWEEN = 4 << 20
+_MAX_BYTES_BETWEEN = 8 << 20
 """Between islands: a rank reaches several NICs and waits for them, so that its messages cost nothing, while every byte
 of a bucket delays the pipeline and is shared among NICs as a whole."""
 _MIN_BUCKETS = 4

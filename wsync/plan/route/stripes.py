@@ -17,11 +17,11 @@ from wsync.plan.route.relays import Fans
 from wsync.plan.route.survey import Bundle, Family
 from wsync.plan.route.trees import TreeBook
 
-COARSE = 200
+COARSE = 1000
 """A piece of more than one part in so many of what a NIC carries is striped over several."""
 MAX_PIECES = 6000
 """About as many pieces are chosen for, unless there are more runs."""
-LATE = 1.002
+LATE = 1.0003
 """A NIC is late if it carries more than this many times what the busiest one has to."""
 MAX_SWEEPS = 12
 """Pieces are placed again at most so many times, fewer where there are many."""
