@@ -7,6 +7,7 @@ import time
 import torch
 
 import wsync
+from wsync.plan import PlanOptions
 
 NUM_ROWS = 512
 
@@ -40,7 +41,7 @@ def trainer(report, rank, world_size, store, key_file, stop, transport, deadline
     from wsync.session import round as round_module
     from wsync.session import source as source_module
 
-    # Plain tensors count as replicated: the planner balances the senders between the ranks.
+    # Plain tensors count as replicated: the planner balances whole buckets between the ranks.
     tensors = weights(1)
     source = wsync.Source(
         tensors,
@@ -50,6 +51,7 @@ def trainer(report, rank, world_size, store, key_file, stop, transport, deadline
         world_size=world_size,
         transport=transport,
         peer_timeout_s=3.0,
+        options=PlanOptions(bucket_bytes=256 << 10),
     )
     source.publish(1, min_replicas=2, deadline_s=30).wait_committed()
     for name, value in weights(2).items():
