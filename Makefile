@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 WHEEL_VENV = .venv-wheel
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 SHARED = -n $(WORKERS) --dist loadfile
-COMPUTING = tests/unit tests/kernels tests/golden tests/cuda tests/emulator
+COMPUTING = tests/unit tests/sim tests/kernels tests/golden tests/cuda tests/emulator
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
