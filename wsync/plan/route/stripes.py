@@ -109,7 +109,7 @@ class Stripes:
         scale = MAX_PIECES / max(1, sum(run.nbytes for _, run, _ in runs))
         pieces = []
         for i, run, plots in runs:
-            limit = int(run.nbytes * scale / len(plots)) + 1
+            limit = int(run.nbytes * scale / max(1, len(plots))) + 1
             for at, plot in enumerate(plots):
                 ways = self.ways(run, plot)
                 for nbytes in self._pieces(plot.nbytes, max(2 * len(ways.parts), limit), ways):
