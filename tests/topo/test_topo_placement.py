@@ -178,7 +178,8 @@ def test_the_command_plans_and_writes_the_cluster_file(saved, tmp_path, capsys):
     encoded.write_bytes(encode_plan(plan))
     assert main(["topo", "plan", saved, "--plan", str(encoded), "--engine-nodes", "2", "--json", "-"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["plan"]["links"] == found["plan"]["links"]
+    links = [link for link in found["plan"]["links"] if not link[0].startswith("memory of GPU")]
+    assert again["plan"]["links"] == links
     for data, message in ((b'{"format_version": 1}', "is no encoded plan"), (b"", "is no encoded plan")):
         encoded.with_suffix(".json").write_bytes(data)
         assert main(["topo", "plan", saved, "--plan", str(encoded.with_suffix(".json"))]) == 3

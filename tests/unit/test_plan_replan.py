@@ -335,3 +335,13 @@ def test_large_jobs_are_routed_anew_when_the_fleet_has_another_size(monkeypatch)
         planner.plan(fleet_of(*hosts[:count]))
         counts.append(len(routed))
     assert counts == [1, 1, 1, 2]
+
+
+def test_the_times_of_a_plan_are_those_that_it_states():
+    planner = Planner(SOURCE_RANKS, cluster())
+    sink = fleet_of("e0", "e1", recipe="fp8_block128")
+    plan = planner.plan(sink)
+    times = planner.times(plan, sink)
+    assert (times.time_s, times.fill_s, times.amax_s) == (plan.time_s, plan.fill_s, plan.amax_s)
+    assert any(load.name.startswith("memory of GPU") for load in times.loads)
+    assert sum(planner.packed_bytes(sink)) > 0

@@ -12,8 +12,7 @@ from wsync.errors import WsyncError
 
 _EPILOG = """exit status:
   0  done
-  1  the job ran and failed, a verdict is wrong, a core requirement is missing, or a file is damaged or of another
-     version
+  1  the job ran and failed, a verdict is wrong, or a core requirement is missing
   2  usage or configuration error; nothing was moved
   3  a peer, a connection or a deadline was lost
 

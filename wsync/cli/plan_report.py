@@ -16,7 +16,7 @@ from wsync.plan.flows import DemandGroup
 from wsync.plan.nodes import Nodes, find_nodes
 from wsync.plan.plans import Plan, PlanClass, PlanUnit, encode_plan, plan_digest
 from wsync.plan.replan import Planner
-from wsync.plan.timing import Times, plan_times
+from wsync.plan.timing import Times
 from wsync.plan.types import Bound, PlanOptions
 from wsync.spec.cluster import Cluster
 from wsync.spec.dtypes import itemsize
@@ -130,8 +130,9 @@ def plan_and_report(
     plan = planner.plan(sink)
     wall_s = time.perf_counter() - begin
     groups, nodes = planner.demand(sink), find_nodes(source, sink, cluster)
-    times = plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes, amax_elements=plan.amax_elements)
-    without = _seconds(find_bounds(groups, nodes, sink, relay=False))
+    times = planner.times(plan, sink)
+    packed_bytes = planner.packed_bytes(sink)
+    without = _seconds(find_bounds(groups, nodes, sink, relay=False, packed_bytes=packed_bytes))
     bf16 = _seconds(find_bounds(groups, nodes, sink, relay=options.relay, nbytes=planner.bf16_bytes(sink)))
     fp8 = find_bounds(groups, nodes, sink, relay=options.relay, nbytes=fp8_bytes(plan, groups))
     facts = Facts(plan, times, nodes, sink, options, without, fp8)

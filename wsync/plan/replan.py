@@ -19,7 +19,7 @@ from wsync.plan.nodes import Nodes, find_nodes
 from wsync.plan.plans import Plan
 from wsync.plan.rank_classes import RankClasses, Sinks, mask_of
 from wsync.plan.route import route
-from wsync.plan.timing import plan_times
+from wsync.plan.timing import Times, plan_times
 from wsync.plan.types import ALIGNMENT, DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, PlanOptions
 from wsync.spec.cluster import Cluster, check_cluster
 from wsync.spec.manifest import SinkManifest, SinkRankManifest, SourceManifest
@@ -148,6 +148,16 @@ class Planner:
         sinks, model, _ = self._survey(sink)
         return [sum(_bf16_bytes(model.classes[x.class_idx], x) for x in g.lots) for g in model.all_groups(sinks)]
 
+    def packed_bytes(self, sink: SinkManifest) -> list[int]:
+        """For each group of `demand` what packing it once reads and writes in the memory of a trainer rank."""
+        sinks, model, _ = self._survey(sink)
+        return model.group_packed_bytes(model.all_groups(sinks))
+
+    def times(self, plan: Plan, sink: SinkManifest) -> Times:
+        """What every part of the cluster carries in the plan that this planner made for ``sink``, as it was timed."""
+        _, model, nodes = self._survey(sink)
+        return _times(model, nodes, plan.trees, plan.flows)
+
     def _survey(self, sink: SinkManifest) -> tuple[Sinks, Model, Nodes]:
         if not sink.ranks:
             raise ManifestError("a plan needs at least 1 engine rank, got 0")
@@ -164,19 +174,7 @@ class Planner:
         trees: tuple[Tree, ...],
         flows: tuple[Flow, ...],
     ) -> Plan:
-        sizes = model.flow_sizes.of(flows)
-        packed_bytes = [0] * len(nodes.sources)
-        for flow, size in zip(flows, sizes, strict=True):
-            packed_bytes[flow.src_rank] += size.packed_bytes
-        times = plan_times(
-            trees,
-            flows,
-            nodes,
-            model.bucket_bytes,
-            amax_elements=model.amax_elements,
-            packed_bytes=packed_bytes,
-            flow_buckets=[size.num_buckets for size in sizes],
-        )
+        times = _times(model, nodes, trees, flows)
         groups = model.all_groups(sinks)
         bounds = find_bounds(
             groups,
@@ -271,6 +269,22 @@ class Planner:
         """Whether another size would be hardly better: a change makes everything anew."""
         best = self._best_size(asked_bytes, sinks, nodes)
         return best < _OTHER_SIZE * size and size < _OTHER_SIZE * best
+
+
+def _times(model: Model, nodes: Nodes, trees: Sequence[Tree], flows: Sequence[Flow]) -> Times:
+    sizes = model.flow_sizes.of(flows)
+    packed_bytes = [0] * len(nodes.sources)
+    for flow, size in zip(flows, sizes, strict=True):
+        packed_bytes[flow.src_rank] += size.packed_bytes
+    return plan_times(
+        trees,
+        flows,
+        nodes,
+        model.bucket_bytes,
+        amax_elements=model.amax_elements,
+        packed_bytes=packed_bytes,
+        flow_buckets=[size.num_buckets for size in sizes],
+    )
 
 
 def _is_good(plan: Plan, routed: Routed, num_groups: int) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from wsync.errors import ConfigError, FormatVersionError, WireError
-from wsync.plan import Plan, decode_plan, make_plan
-from wsync.plan.nodes import Nodes, find_nodes, nodes_of
+from wsync.plan import Plan, Planner, decode_plan
+from wsync.plan.nodes import nodes_of
 from wsync.plan.timing import LinkLoad, Times, plan_times
 from wsync.spec.cluster import Cluster, NodeGroup
 from wsync.spec.manifest import SinkManifest, SourceManifest
@@ -52,8 +52,9 @@ def read_plan(data: bytes, name: str) -> Plan:
 
 def plan_on(source: SourceManifest, sink: SinkManifest, cluster: Cluster) -> Planned:
     """Plan over the cluster and say what its parts carry."""
-    plan = make_plan(source, sink, cluster)
-    return _judge(plan, _times(plan, find_nodes(source, sink, cluster)))
+    planner = Planner(source, cluster)
+    plan = planner.plan(sink)
+    return _judge(plan, planner.times(plan, sink))
 
 
 def replay_on(plan: Plan, trainer: NodeGroup, engine: NodeGroup, cluster: Cluster) -> Planned:
@@ -68,12 +69,15 @@ def replay_on(plan: Plan, trainer: NodeGroup, engine: NodeGroup, cluster: Cluste
 
 
 def plan_time(plan: Plan, hosts: Sequence[str], sinks: Sequence[str], cluster: Cluster) -> Times:
-    """Times of a plan whose ranks run on these hosts."""
-    return _times(plan, nodes_of(hosts, sinks, cluster))
-
-
-def _times(plan: Plan, nodes: Nodes) -> Times:
-    return plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes, amax_elements=plan.amax_elements)
+    """Times of a plan whose ranks run on these hosts; without what packing costs in memory, which no plan lists."""
+    return plan_times(
+        plan.trees,
+        plan.flows,
+        nodes_of(hosts, sinks, cluster),
+        plan.bucket_bytes,
+        amax_elements=plan.amax_elements,
+        flow_buckets=plan.flow_buckets,
+    )
 
 
 def _fill(group: NodeGroup, num_ranks: int, side: str) -> list[str]:

@@ -60,7 +60,7 @@ def cost_of(
 
 def cost_of_plan(plan: Plan, groups: Sequence[DemandGroup], nodes: Nodes) -> Cost:
     """The same of a plan, from the time that it states."""
-    times = plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes)
+    times = plan_times(plan.trees, plan.flows, nodes, plan.bucket_bytes, flow_buckets=plan.flow_buckets)
     return Cost(
         plan.time_s,
         times.loads[0].name if times.loads else "",
