@@ -19,8 +19,9 @@ from route_cases import (
 )
 
 from wsync.errors import ConfigError
+from wsync.plan.route.assign import Run
 from wsync.plan.route.shapes import best_width, depth_of, find_parts, tree_of
-from wsync.plan.route.stripes import steep
+from wsync.plan.route.stripes import Stripes, steep
 from wsync.plan.types import SOURCE
 from wsync.spec import Link
 
@@ -181,3 +182,7 @@ def test_steepness_is_made_of_products_alone():
         for square in squares[1:]:
             expected *= square
         assert power == expected
+
+
+def test_a_run_that_carries_nothing_has_no_pieces():
+    assert Stripes.__new__(Stripes)._cut([(0, Run(0, 0), [])]) == []
