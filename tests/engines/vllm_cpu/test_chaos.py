@@ -183,17 +183,21 @@ def test_a_publish_supersedes_one_that_a_server_is_still_staging(lab, both):
 
 def test_a_version_that_is_prepared_is_committed_before_the_one_that_follows_it(lab, both):
     stage = both
-    prepared, go_on = threading.Event(), threading.Event()
+    prepared = {name: threading.Event() for name in (SURVIVOR, VICTIM)}
+    go_on = threading.Event()
 
     def wait_for_the_second():
-        prepared.set()
+        prepared[VICTIM].set()
         assert go_on.wait(DEADLINE_S)
 
     stage.clients[VICTIM].hooks["before start_weight_update"] = wait_for_the_second
+    stage.clients[SURVIVOR].hooks["before start_weight_update"] = prepared[SURVIVOR].set
     first = stage.publish(3)
-    assert prepared.wait(DEADLINE_S)
+    for name in (SURVIVOR, VICTIM):  # one that still stages when the second comes would leave the first for it
+        assert prepared[name].wait(DEADLINE_S)
     first.wait_released()
-    stage.clients[VICTIM].hooks.clear()
+    for name in (SURVIVOR, VICTIM):
+        stage.clients[name].hooks.clear()
     second = stage.publish(NEW, min_replicas=2)
     go_on.set()
     assert first.wait_committed().serving == (SURVIVOR, VICTIM)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from wsync.topo.live.nvml import LOST, NUM_CPU_WORDS
+from wsync.topo.live.nvml import LOST, NUM_CPU_WORDS, P2P_CAPABILITIES
 from wsync.topo.live.records import Answer, Refusal
 from wsync.topo.model import Fabric, Gpu, NvLink, Oddity, P2p, Path, PathKind, Pcie
 from wsync.topo.parse.text import bus_id
@@ -215,7 +215,10 @@ class Board:
         """Read, write and NVLink status of every pair."""
         for (call, gpu, at), status in self.values.items():
             if call == "nvmlDeviceGetP2PStatus" and isinstance(status, int) and len(at) == 2:
-                yield P2p(gpu, at[0], STATUSES[status] if 0 <= status < len(STATUSES) else "U", "rwn"[at[1]])
+                peer, cap = at
+                if cap in P2P_CAPABILITIES:
+                    word = STATUSES[status] if 0 <= status < len(STATUSES) else "U"
+                    yield P2p(gpu, peer, word, P2P_CAPABILITIES[cap])
 
     # What the driver says and no tool's text does
 

@@ -35,7 +35,7 @@ LINK_QUESTIONS = (
     ("nvmlDeviceGetNvLinkErrorCounter", 2),
 )
 """May the link carry peer traffic; how many replays, recoveries, CRC errors."""
-P2P_CAPABILITIES = (0, 1, 2)
+P2P_CAPABILITIES = {0: "r", 1: "w", 2: "n"}
 """Read, write, NVLink."""
 NUM_CPU_WORDS, NUM_NODE_WORDS = 64, 16
 NODE_SCOPE = 0
