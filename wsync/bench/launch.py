@@ -23,7 +23,11 @@ _GRACE_S = 2.0
 """After the first failure the other ranks get this long to say what they saw; the best explanation wins."""
 _SILENCE_FACTOR = 1.5
 """A rank raises `DeadlineError` itself; the command steps in when all are silent for this many deadlines."""
+_START_S = 120.0
+"""Imports take long on a busy machine: a shorter deadline does not count before every rank has begun."""
 _TERM_S = 1.0
+_START = "start"
+"""Where a rank is before it says of its first step."""
 
 
 class _Worker:
@@ -32,7 +36,7 @@ class _Worker:
     def __init__(self, options: BenchOptions, rank: int, options_file: Path, log: Path) -> None:
         self.name = options.rank_name(rank)
         self.log = log
-        self.where = "start"
+        self.where = _START
         self.done = False
         self.failure: Failed | None = None
         self.reader = EventReader()
@@ -95,8 +99,8 @@ class Workers:
         Raises:
             WsyncError: a rank failed, died, or all were silent for too long.
         """
-        limit_s = self._options.deadline_s * _SILENCE_FACTOR
         while self._selector.get_map():
+            limit_s = self._silence_s()
             heard = self._selector.select(limit_s)
             if not heard:
                 raise self._silent(limit_s)
@@ -127,6 +131,10 @@ class Workers:
 
     def _open_fds(self) -> set[int]:
         return {key.fd for key in self._selector.get_map().values()}
+
+    def _silence_s(self) -> float:
+        limit_s = self._options.deadline_s * _SILENCE_FACTOR
+        return max(limit_s, _START_S) if any(w.where == _START for w in self._workers) else limit_s
 
     def _silent(self, limit_s: float) -> DeadlineError:
         places = "; ".join(f"{w.name}: {w.where}" for w in self._workers if not w.done)
