@@ -94,7 +94,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", default="shm", choices=("shm", "gloo"), help="of wsync (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON (-: to stdout)")
     parser.add_argument(
-        "--deadline", type=float, default=120.0, metavar="S", help="of every wait (default: %(default)s)"
+        "--deadline",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="of every wait, once the processes are up (default: %(default)s)",
     )
     parser.add_argument("--fault", help=argparse.SUPPRESS)
 
