@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 
+import machines as m
 import pytest
+from test_topo_bandwidth import nccl_tests
 
+from wsync.cli.main import main
+from wsync.topo.files import read_regular
+from wsync.topo.golden import make_golden, save_golden
 from wsync.topo.model import Gpu, Machine, Path, Topology
 from wsync.topo.parse import host_files, nvlink, read_files, read_texts
 from wsync.topo.parse.saved import encode_topology
@@ -69,6 +75,65 @@ def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path):
     (read,) = read_files([tmp_path / "pipe"]).machines
     assert read.gaps[0].fatal
     assert "no regular file" in read.gaps[0].what
+
+
+@pytest.fixture
+def deadline():
+    """A read that waits for ever fails its test instead."""
+
+    def stop(signum, frame):
+        raise TimeoutError("waited for a named pipe")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "check PIPE", "check FOLDER", "save PIPE --output OUT", "plan PIPE --bytes 1e9", "plan TOPO --plan PIPE",
+        "lint PIPE", "lint --env PIPE", "lint --env /dev/null --machine PIPE", "golden save PIPE --output OUT",
+        "golden check PIPE TOPO", "golden check GOLD PIPE", "golden diff PIPE PIPE", "compare PIPE TOPO",
+        "import-bandwidth PIPE", "achieved PIPE --plan PIPE", "achieved TOPO --plan PIPE", "advise PIPE",
+    ],
+)  # fmt: skip
+def test_no_command_waits_for_a_named_pipe(words, tmp_path, capsys, deadline):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for pipe in (tmp_path / "pipe", folder / "pipe"):
+        os.mkfifo(pipe)
+    (tmp_path / "topo").write_text(m.topo_m(m.h100()))
+    save_golden(make_golden(read_files([tmp_path / "topo"]).machines), tmp_path / "gold")
+    places = {word: tmp_path / word.lower() for word in ("PIPE", "FOLDER", "TOPO", "GOLD", "OUT")}
+    assert main(["topo", *(str(places.get(word, word)) for word in words.split())]) == 3
+    both = capsys.readouterr()
+    assert "is no regular file" in both.out + both.err or words == "check FOLDER"
+
+
+def test_a_regular_file_that_the_kernel_makes_up_is_read():
+    assert b"PATH" in read_regular("/proc/self/environ") or not os.environ
+    assert read_regular("/proc/self/status", 4) == b"Name"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_what_powershell_wrote_is_read_by_every_command(encoding, tmp_path, capsys):
+    texts = {
+        "topo": m.topo_m(m.h100()),
+        "env": "NCCL_P2P_DISABLE=1",
+        "xml": m.system_xml(m.h100()),
+        "bench": nccl_tests("broadcast", 233.1),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    assert main(["topo", "check", str(tmp_path / "topo")]) == 0
+    assert main(["topo", "lint", "--env", str(tmp_path / "env")]) == 1
+    assert "NCCL_P2P_DISABLE=1 in env, line 1" in capsys.readouterr().out
+    assert main(["topo", "lint", str(tmp_path / "xml")]) == 0
+    assert main(["topo", "import-bandwidth", str(tmp_path / "bench")]) == 0
+    assert "233" in capsys.readouterr().out
 
 
 def test_a_dash_is_stdin(monkeypatch):

@@ -75,19 +75,6 @@ def read_inputs(inputs: list[str], host: str | None, live: LiveOptions | None = 
     return Topology(tuple(machines))
 
 
-def read_file(path: str, max_bytes: int = -1) -> bytes:
-    """The file's first ``max_bytes`` bytes; all of them for -1.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(max_bytes)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
-
-
 def _read_live(live: LiveOptions, host: str | None, alone: bool) -> Machine:
     """This machine; beside files a machine that cannot be read makes the verdict UNKNOWN, and they are judged."""
     try:

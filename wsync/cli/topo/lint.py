@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.topo.inputs import read_file, read_inputs
+from wsync.cli.topo.inputs import read_inputs
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.errors import ConfigError
+from wsync.topo.files import read_regular
 from wsync.topo.findings import worst
 from wsync.topo.lint import LintReport, lint
 from wsync.topo.lint_env import Assignment, assignments_of, lint_tables, names_of, parse_environment
@@ -91,4 +92,4 @@ def _read_machine(inputs: list[str]) -> Machine | None:
 def _read_bytes(target: str) -> tuple[bytes, str]:
     if target == "-":
         return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin"
-    return read_file(target, MAX_INPUT_BYTES + 1), Path(target).name
+    return read_regular(target, MAX_INPUT_BYTES + 1), Path(target).name

@@ -12,6 +12,8 @@ MAX_INPUT_BYTES = 16 << 20
 MAX_LINE_CHARS = 1 << 16
 MAX_WORDS_CHARS = 4096
 """Of a line of names and values; longer ones are none, and would keep patterns busy."""
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+"""First bytes of a text that PowerShell wrote."""
 MAX_DEVICES = 4096
 """Of one kind in one input; a larger index is damage, not a machine."""
 
@@ -30,7 +32,7 @@ def decode(data: bytes, name: str) -> str:
         raise ConfigError(
             f"{name} has {len(data)} bytes, allowed are {MAX_INPUT_BYTES}", hint="cut out the part of one machine"
         )
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if data[:2] in UTF16_MARKS:
         return clean(data.decode("utf-16", "replace"))
     return clean(data.decode("utf-8-sig", "replace"))
 
