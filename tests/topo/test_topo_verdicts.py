@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import machines as boxes
 import pytest
 
 from wsync.topo.findings import Finding
@@ -318,3 +319,32 @@ def test_tables_of_two_hosts_in_one_text_are_not_taken_for_one():
         assert report.verdict in ("WARN", "CRIT", "UNKNOWN")
         assert "GPU2" in found(report, "sources.disagree").evidence
     assert judge(f"{well}\n{well}").verdict == "OK"
+
+
+# ---- GPUDirect RDMA, as NCCL found it
+
+DISABLED = "\n".join(
+    f"node7:25668:27396 [{i}] NCCL INFO NET/IB : GPU Direct RDMA Disabled for HCA {i} 'mlx5_{i}'" for i in range(2)
+)
+
+
+def test_nccl_saying_that_gpudirect_is_disabled_is_an_alarm_with_the_nics_and_that_it_is_enabled_is_none():
+    """Lines as in NVIDIA/nccl issue 1537."""
+    report = check_topology(read_texts([("topo", boxes.topo_m(boxes.h100())), ("nccl.log", DISABLED)]))
+    (finding,) = [f for f in report.all_findings() if f.id == "nic.gpudirect-off"]
+    assert (finding.severity, finding.subject.devices) == ("WARN", ("mlx5_0", "mlx5_1"))
+    for text in (DISABLED.replace("Disabled", "Enabled"), DISABLED.replace("NET/IB", "NET/Socket")):
+        report = check_topology(read_texts([("topo", boxes.topo_m(boxes.h100())), ("nccl.log", text)]))
+        assert "nic.gpudirect-off" not in {f.id for f in report.all_findings()}
+
+
+def test_a_dump_whose_nics_have_no_gpudirect_is_an_alarm_and_one_of_sockets_is_none():
+    text = boxes.system_xml(boxes.h100())
+    off = text.replace('port="1" guid="0x3" gdr="1"', 'port="1" guid="0x3" gdr="0"')
+    assert off != text
+    report = check_topology(read_texts([("dump.xml", off)]))
+    found = {f.id: f.subject.devices for f in report.all_findings() if f.severity == "WARN"}
+    assert found == {"nic.gpudirect-off": ("mlx5_3",)}
+    sockets = text.replace("mlx5_", "eth").replace('gdr="1"/>', 'gdr="0"/>')
+    report = check_topology(read_texts([("dump.xml", sockets)]))
+    assert "nic.gpudirect-off" not in {f.id for f in report.all_findings()}

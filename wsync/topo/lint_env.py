@@ -238,7 +238,7 @@ def _place(assignment: Assignment, source: str) -> str:
 
 def _device_names(machine: Machine | None) -> tuple[str, ...]:
     """RDMA devices by name; none where the inputs only number them."""
-    names = [n.label.partition(":")[0] for n in machine.nics] if machine is not None else []
+    names = [n.label.partition(":")[0] for n in machine.nics if n.rdma is not False] if machine else []
     numbered = any(n.startswith(("NIC", "nic@", "NET/", "net")) for n in names)
     return () if numbered else tuple(dict.fromkeys(names))
 

@@ -123,6 +123,8 @@ class _Builder:
             nvlink_domain=domain,
             nics=tuple(self._nics(chosen)),
         )
+        if self.case.view.sockets_only:
+            self.notes.append("no NIC has RDMA: TCP reaches less than the rates that are assumed; --measured nic=GBPS")
         if not group.nics:
             self.notes.append("no NIC is known: nodes of this group exchange nothing with others")
         return Converted(group, tuple(n.label for n in chosen), tuple(self.rates), tuple(self.notes))

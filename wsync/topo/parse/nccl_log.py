@@ -19,6 +19,7 @@ _PATHS = re.compile(r"((?:GPU|NET)/[\w-]+) :(.*)$")
 _PATH = re.compile(r"([A-Z]{3}/[\w-]+) \((\d+)/(\d+(?:\.\d+)?)/([A-Z0-9]{2,4})\)")
 _CHANNELS = re.compile(r"(\d{1,4}) coll channels,.*?(\d{1,4}) nvls channels")
 _DRAWN = re.compile(r"NCCL INFO (?:\s*\+ [A-Z]{2,5}\[|CPU/|GPU/[\w-]+ :)")
+_GPUDIRECT_OFF = re.compile(r"NET/IB : GPU Direct RDMA Disabled for HCA \d+ '([^'\s]{1,64})'")
 _NO_P2P = "P2P is disabled between NVLINK connected GPUs"
 
 
@@ -38,6 +39,7 @@ def parse_nccl_log(text: str, source: str) -> Machine:
     paths: dict[NcclPath, None] = {}
     channels: list[NcclChannels] = []
     warnings: dict[str, None] = {}
+    gpudirect_off: dict[str, None] = {}
     stack: list[tuple[int, str]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > MAX_LINE_CHARS:
@@ -51,13 +53,15 @@ def parse_nccl_log(text: str, source: str) -> Machine:
             warnings[_NO_P2P] = None
         if info is None:
             continue
+        if (disabled := _GPUDIRECT_OFF.search(rest)) is not None and len(gpudirect_off) < MAX_DEVICES:
+            gpudirect_off[disabled[1]] = None
         edge = _read_edge(rest, stack)
         if edge is not None:
             edges[edge] = None
         table = _PATHS.match(rest)
         if table:
             paths.update(dict.fromkeys(_read_paths(table[1], table[2])))
-    view = NcclView(tuple(edges), tuple(paths), tuple(channels), (), tuple(warnings))
+    view = NcclView(tuple(edges), tuple(paths), tuple(channels), (), tuple(warnings), tuple(gpudirect_off))
     return Machine(gpus=tuple(_gpus(view)), nics=tuple(_nics(view)), nccl=view, sources=(source,))
 
 
