@@ -17,10 +17,10 @@ def read_regular(path: str | Path, max_bytes: int = -1) -> bytes:
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(
-                    f"{path} is no regular file", hint="write it to a file; where - is allowed, it can be piped in"
-                )
-            return file.read(max_bytes)
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            data = file.read(max_bytes) if regular else b""
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise ConfigError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if not regular:
+        raise ConfigError(f"{path} is no regular file", hint="write it to a file; where - is allowed, pipe it in")
+    return data
