@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import machines as m
+import msgspec
 import pytest
 
 from wsync.cli.main import main
+from wsync.errors import ConfigError
+from wsync.topo.report import Report
 
 COMMAND = [sys.executable, "-m", "wsync.cli.main"]
 INPUTS = {
@@ -239,6 +243,38 @@ def test_a_file_that_cannot_be_written_hides_neither_the_fault_nor_the_other_fil
     assert check(inputs / "OK", "--prometheus", bad) == 3
     assert check(inputs / "OK", "--prometheus", bad, "--exit-style", "prolog") == 0
     assert check(inputs / "OK", "--json", tmp_path) == 3
+
+
+def test_a_machine_that_cannot_be_read_leaves_no_file_of_the_last_check(inputs, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ConfigError("NVML cannot be started", hint="install the driver")
+
+    files = [tmp_path / name for name in ("m.prom", "r.json", "j.xml")]
+    options = [x for pair in zip(("--prometheus", "--json", "--junit"), files, strict=True) for x in pair]
+    assert check(inputs / "OK", *options) == 0
+    monkeypatch.setattr("wsync.cli.topo.inputs.read_live", fail)
+    assert check("--host", "n1", *options, "--exit-style", "npd") == 2
+    assert "hint: install the driver" in capsys.readouterr().err
+    assert 'wsync_topo_verdict{host="n1"} 3\n' in files[0].read_text()
+    report = msgspec.json.decode(files[1].read_bytes(), type=Report)
+    assert (report.verdict, report.machines[0].host, report.machines[0].complete) == ("UNKNOWN", "n1", False)
+    (finding,) = report.all_findings()
+    assert (finding.id, finding.evidence) == ("input.unreadable", "NVML cannot be started")
+    assert ElementTree.parse(files[2]).getroot()[0].get("errors") == "1"
+    assert check("--json") == 3
+    assert json.loads(capsys.readouterr().out)["machines"][0]["host"] == platform.node()
+
+
+def test_a_wrong_platform_leaves_no_file_of_the_last_check_and_names_no_host_that_was_not_asked(inputs, tmp_path):
+    target = tmp_path / "m.prom"
+    assert check(inputs / "OK", "--prometheus", target, "--platform", "nonsense") == 3
+    assert 'wsync_topo_verdict{host=""} 3\n' in target.read_text()
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(inputs, capsys, monkeypatch):
+    monkeypatch.chdir(inputs)
+    assert check("") == 3
+    assert "an input has an empty name" in capsys.readouterr().err
 
 
 def test_junit_counts_failures(inputs, tmp_path):

@@ -383,7 +383,9 @@ def test_a_listing_of_a_machine_without_fault_hides_no_link_that_another_shows_d
         assert root.subject.host == f"file0 listing {1 if sick_first else 2}"
         assert len(report.machines) == 2
     else:
-        assert "GPU3" in str([f.evidence for f in (*report.all_findings(), *root.symptoms) if f.id == "sources.disagree"])
+        assert "GPU3" in str(
+            [f.evidence for f in (*report.all_findings(), *root.symptoms) if f.id == "sources.disagree"]
+        )
 
 
 def test_a_gpu_without_links_in_one_listing_has_none_whatever_another_says():

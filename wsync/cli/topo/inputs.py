@@ -60,8 +60,11 @@ def read_inputs(inputs: list[str], host: str | None, live: LiveOptions | None = 
         live: read this machine, too.
 
     Raises:
-        ConfigError: a folder without files; this machine cannot be read and there are no files that could be judged.
+        ConfigError: an empty name; a folder without files; this machine cannot be read and there are no files that
+            could be judged.
     """
+    if "" in inputs:
+        raise ConfigError("an input has an empty name", hint="a variable of the shell may be unset")
     folders = [Path(p) for p in inputs if Path(p).is_dir()]
     files = [p for p in inputs if not Path(p).is_dir()]
     machines = list(read_files(files, host).machines) if files else []
