@@ -123,6 +123,9 @@ def test_no_list_of_hcas_is_made_of_ethernet_cards_and_a_plan_says_that_they_are
     assert lint_environment([Assignment("NCCL_IB_HCA", "=mlx5_0")], machine) == ()
     converted = to_group(machine, "trainer")
     assert converted.nics == ("eth0",)
+    # Sockets go through host memory: every GPU gets there.
+    (port,) = converted.group.nics
+    assert {p.gpu: p.path for p in port.gpus} == {i: "PHB" if i < 4 else "SYS" for i in range(8)}
     assert any("no NIC has RDMA" in note for note in converted.notes)
 
 

@@ -220,6 +220,10 @@ class _Builder:
             # The way over C2C and the CPU's own port is as wide as a switch; distances in the table mean nothing.
             yield from (NicPath(index[g], "PXB") for g, label in sorted(assigned.items()) if label == nic.label)
             return
+        if self.case.view.sockets_only:
+            # Everything takes a copy through host memory, from wherever.
+            yield from (NicPath(index[g], "SYS" if kind == "SYS" else "PHB") for g, kind in sorted(kinds.items()))
+            return
         near = [g for g, kind in kinds.items() if KIND_RANK[kind] <= LOCAL_RANK]
         best = min((KIND_RANK[k] for k in kinds.values()), default=0)
         for gpu, kind in sorted(kinds.items()):
