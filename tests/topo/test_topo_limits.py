@@ -27,7 +27,7 @@ def test_many_errors_in_one_line_are_each_read_up_to_the_next():
 
 def test_a_line_too_long_for_a_link_is_passed_over():
     text = "GPU 0: A\n\t Link 0: 25 GB/s\n\t Link 1:" + " " * 5000 + "25 GB/s\n"
-    assert [x.index for x in nvlink.parse_nvlink(text, "a").gpus[0].nvlinks] == [0]
+    assert [x.index for x in nvlink.parse_nvlink(text, "a")[0].gpus[0].nvlinks] == [0]
 
 
 def test_pairs_of_gpus_are_those_that_an_input_tells():
@@ -148,3 +148,17 @@ def test_a_dash_is_stdin(monkeypatch):
 def test_a_header_that_lost_a_number_is_no_header():
     (read,) = read_texts([("a", "\tGPU0\tGPU1\tGPU\nGPU0\tX\tNV1\tNV1\nGPU1\tNV1\tX\tNV1\n")]).machines
     assert "header" in read.gaps[0].what
+
+
+def test_a_rate_that_no_link_has_is_passed_over_and_what_is_saved_can_be_read():
+    from wsync.topo.parse.saved import decode_topology
+
+    text = "GPU 0: A\n\t Link 0: 25 GB/s\n\t Link 1: 9999980 GB/s\n"
+    topology = read_texts([("a", text)])
+    assert [x.rate_gbps for x in topology.machines[0].gpus[0].nvlinks] == [25.0]
+    assert decode_topology(encode_topology(topology).decode(), "a.json") == topology.machines
+    port = "Infiniband device 'mlx5_{}' port 1 status:\n\tstate: 4: ACTIVE\n\trate: {} Gb/sec (4X)\n"
+    rates = ["400", "0", "9999400", "25.78", "9" * 400]
+    topology = read_texts([("b", "".join(port.format(i, rate) for i, rate in enumerate(rates)))])
+    assert [n.rate_gbit for n in topology.machines[0].nics] == [400.0, None, None, 25.78, None]
+    assert decode_topology(encode_topology(topology).decode(), "b.json") == topology.machines

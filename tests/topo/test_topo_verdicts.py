@@ -325,6 +325,12 @@ def test_tables_of_several_hosts_in_one_text_are_judged_one_by_one():
     assert (report.verdict, len(report.machines)) == ("OK", 1)
 
 
+def test_rows_that_occur_twice_without_a_header_are_named():
+    rows = matrix(EVERY, nv(18)).split("\n")[1:]
+    report = judge("\n".join([*rows, rows[2].replace("NV18", "SYS")]))
+    assert "GPU2" in found(report, "sources.disagree").evidence
+
+
 def test_a_header_that_a_pager_repeats_begins_no_other_table_and_a_row_that_occurs_twice_is_named():
     well = matrix(EVERY, nv(18))
     head, *rows = well.split("\n")

@@ -12,7 +12,7 @@ from wsync.topo.live.records import Answer, Refusal
 from wsync.topo.live.sysfs import BUS_ID, INFINIBAND, NETWORK, NODES, PCI
 from wsync.topo.model import KernelLine, Machine, Nic, NumaNode, Oddity, PathKind, PciDevice, Pcie
 from wsync.topo.parse.lspci import NVSWITCHES
-from wsync.topo.parse.text import speed_gtps
+from wsync.topo.parse.text import gbit, possible_rate, speed_gtps
 
 SOURCE = "sysfs"
 ACS_REDIRECT = 0b1100
@@ -187,7 +187,7 @@ def _interfaces(host: Host) -> Iterator[Nic]:
             yield replace(
                 nic,
                 state={"up": "ACTIVE", "down": "DOWN", "lowerlayerdown": "DOWN"}.get(state or ""),
-                rate_gbit=int(speed) / 1000 if re.fullmatch(r"[1-9]\d{0,8}", speed) else None,
+                rate_gbit=possible_rate(int(speed) / 1000) if re.fullmatch(r"\d{1,9}", speed) else None,
                 link_layer="Ethernet",
                 gdr=False,
                 rdma=False,
@@ -198,13 +198,12 @@ def _port(host: Host, device: Nic, folder: str, port: str) -> Nic:
     """One port, with the words that ``ibstatus`` uses; port 2 of a device is called ``mlx5_0:2``."""
     state = host.texts.get(f"{folder}/state", "").partition(":")[2].strip() or None
     physical = host.texts.get(f"{folder}/phys_state", "")
-    rate = re.match(r"\d+(?:\.\d+)?", host.texts.get(f"{folder}/rate", ""))
     return replace(
         device,
         label=device.label if port == "1" else f"{device.label}:{port}",
         port=int(port) if port.isdigit() else None,
         state="DOWN" if state == "ACTIVE" and physical and "LinkUp" not in physical else state,
-        rate_gbit=float(rate[0]) if rate else None,
+        rate_gbit=gbit(host.texts.get(f"{folder}/rate")),
         link_layer=host.texts.get(f"{folder}/link_layer"),
     )
 

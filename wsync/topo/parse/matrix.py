@@ -9,6 +9,7 @@ Source: ``nvidia-smi topo -m`` of drivers 384 to 580 as recorded in public issue
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -62,11 +63,11 @@ def _split(lines: list[str]) -> list[list[str]]:
     starts = [i for i, line in enumerate(lines) if _find_header([line]) is not None]
     labels = [found[0] if (found := _row_start(line)) is not None else "" for line in lines]
     cuts = [0]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in pairwise([*starts, len(lines)]):
         above = set(filter(None, labels[cuts[-1] : start]))
         if not above.isdisjoint(labels[start:end]):
             cuts.append(start)
-    return [lines[a:b] for a, b in zip(cuts, [*cuts[1:], len(lines)], strict=True)]
+    return [lines[a:b] for a, b in pairwise([*cuts, len(lines)])]
 
 
 def _parse_table(lines: list[str], source: str) -> Machine:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from wsync.topo.model import Gpu, Machine, NcclChannels, NcclEdge, NcclPath, NcclView, Nic
-from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, bus_id_of_number
+from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, bus_id_of_number, possible_rate
 
 _INFO = re.compile(r"^(?:(?P<host>[\w.\-]+):\d+:\d+ )?.*?NCCL (?:INFO|WARN) (?P<rest>.*)$")
 _EDGE = re.compile(r"(?P<indent>\s*)\+ (?P<kind>[A-Z0-9]{2,5})\[(?P<rate>\d+(?:\.\d+)?)\] - (?P<node>[A-Z]{3}/[\w-]+)")
@@ -113,4 +113,4 @@ def _nics(view: NcclView) -> Iterator[Nic]:
     rates = {e.child: e.rate_gbps for e in view.edges if e.kind == "NET"}
     for name in _names(view, "NET"):
         rate = rates.get(f"NET/{name}")
-        yield Nic(f"NET/{name}", rate_gbit=rate * 8 if rate else None)
+        yield Nic(f"NET/{name}", rate_gbit=possible_rate(rate * 8) if rate else None)

@@ -13,7 +13,7 @@ from wsync.topo.platforms import profile_of_product
 
 _GPU = re.compile(r"\s*GPU\s+(\d{1,4}):([^(\n]*)(?:\(UUID:?\s*([^)\s]*).*)?$")
 _LINK = re.compile(r"\s*Link\s+(\d{1,3})\s*[:,]\s*(.*)$")
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s")
+_RATE = re.compile(r"(\d{1,6}(?:\.\d+)?)\s*GB/s")
 _COUNTER = re.compile(r"([A-Za-z][\w /()-]*?)\s*:\s*(\d+)\s*$")
 _NONE = re.compile(r"all links are in-?active", re.I)
 
