@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from wsync.cli.output import print_error, write_data, write_json
+from wsync.cli.topo.judged import written
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError, WsyncError
 from wsync.topo.findings import Finding, Subject, Verdict, guide_link
@@ -76,11 +77,7 @@ def write_outputs(report: Report, topology: Topology, args: argparse.Namespace, 
     """
     done = True
     for write in _writers(report, topology, args, verdict):
-        try:
-            write()
-        except ConfigError as e:
-            print_error(e)
-            done = False
+        done &= written(args, write)
     return done
 
 
@@ -143,10 +140,7 @@ def print_unjudged(error: WsyncError, args: argparse.Namespace, host: str | None
     except ConfigError:
         return
     for write in _file_writers(_unjudged(error, host), args):
-        try:
-            write()
-        except ConfigError as e:
-            print_error(e)
+        written(args, write)
 
 
 def _unjudged(error: WsyncError, host: str | None) -> Report:
