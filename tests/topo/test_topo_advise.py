@@ -133,7 +133,7 @@ def test_the_command_prints_reasons_json_and_lines_for_a_shell(tmp_path, capsys)
     path.write_text(m.topo_m(m.h100()))
     assert main(["topo", "advise", str(path), "--host", "n1"]) == 0
     out = capsys.readouterr().out
-    assert "n1: 1 variables" in out
+    assert "n1: 1 variable\n" in out
     assert "because: mlx5_8 is near no GPU" in out
     assert main(["topo", "advise", str(path), "--export"]) == 0
     both = capsys.readouterr()

@@ -261,8 +261,9 @@ def test_a_machine_that_cannot_be_read_leaves_no_file_of_the_last_check(inputs, 
     (finding,) = report.all_findings()
     assert (finding.id, finding.evidence) == ("input.unreadable", "NVML cannot be started")
     assert ElementTree.parse(files[2]).getroot()[0].get("errors") == "1"
-    assert check("--json") == 3
-    assert json.loads(capsys.readouterr().out)["machines"][0]["host"] == platform.node()
+    for argv in (["--json"], ["--live", inputs / "OK", "--json"]):
+        assert check(*argv) == 3
+        assert json.loads(capsys.readouterr().out)["machines"][0]["host"] == platform.node()
 
 
 def test_a_wrong_platform_leaves_no_file_of_the_last_check_and_names_no_host_that_was_not_asked(inputs, tmp_path):

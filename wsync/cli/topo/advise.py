@@ -12,6 +12,7 @@ from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
 from wsync.topo.advise import Advice, Advised, advise
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -94,7 +95,7 @@ def _certain(advice: Advice) -> bool:
 
 
 def _print(one: Advised) -> None:
-    count = f"{len(one.advice)} variables" if one.advice else "NCCL's defaults are right"
+    count = plural(len(one.advice), "variable") if one.advice else "NCCL's defaults are right"
     say(f"{one.host or 'this machine'}: {count}")
     for advice in one.advice:
         lines = [

@@ -14,6 +14,7 @@ from wsync.topo.bandwidth import MODELS, BandwidthReport, judge_tables
 from wsync.topo.bandwidth_parse import Table, parse_tables
 from wsync.topo.files import read_regular
 from wsync.topo.parse.text import MAX_INPUT_BYTES
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -44,7 +45,7 @@ def _print(report: BandwidthReport) -> None:
     from rich.text import Text
 
     console = stdout_console()
-    print_verdict(report.verdict, f"{len(report.results)} rates")
+    print_verdict(report.verdict, plural(len(report.results), "rate"))
     for result in report.results:
         place = f"{result.source}:{result.line}" if result.line else result.source
         text = f" {result.test}, {result.subject}: {result.gbps:g} GB/s; {result.note} [{place}]"

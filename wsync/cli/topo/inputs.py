@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -85,4 +86,6 @@ def _read_live(live: LiveOptions, host: str | None, alone: bool) -> Machine:
     except ConfigError as e:
         if alone:
             raise
+        # By the name that it has when it can be read: monitoring systems know it by that.
+        host = host or platform.node() or None
         return Machine(host=host, gaps=(Gap(f"{e.message} ({e.hint})", "this machine", fatal=True),), sources=("live",))

@@ -18,6 +18,7 @@ from wsync.topo.lint import LintReport, lint
 from wsync.topo.lint_env import Assignment, assignments_of, lint_tables, names_of, parse_environment
 from wsync.topo.model import Machine
 from wsync.topo.parse.text import MAX_INPUT_BYTES
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -73,7 +74,7 @@ def _lint(args: argparse.Namespace) -> LintReport:
 
 def _counted(report: LintReport, name: str, variables: tuple[Assignment, ...]) -> LintReport:
     """How many variables an input has is said once, not in each finding."""
-    shown = f"{name} ({len(names_of(variables))} variables of NCCL)"
+    shown = f"{name} ({plural(len(names_of(variables)), 'variable')} of NCCL)"
     return LintReport(report.verdict, tuple(shown if i == name else i for i in report.inputs), report.findings)
 
 
