@@ -22,6 +22,16 @@ class Port:
 
 
 @dataclass
+class Interface:
+    """A network interface; ``below`` is what stands between the PCI device and it (``virtio0``, a USB port)."""
+
+    type_: int = 1
+    operstate: str = "up"
+    speed: str = "100000"
+    below: str = ""
+
+
+@dataclass
 class Device:
     """A device or bridge: its place is the list of bus ids from the root port down, itself last."""
 
@@ -39,6 +49,7 @@ class Device:
     iommu: str = ""
     config: bytes = b""
     infiniband: dict[str, list[Port]] = field(default_factory=dict)
+    interfaces: dict[str, Interface] = field(default_factory=dict)
 
 
 def write_sysfs(root: Path, devices: list[Device], nodes: dict[int, str], cmdline: str = "quiet") -> Path:
@@ -69,6 +80,8 @@ def write_sysfs(root: Path, devices: list[Device], nodes: dict[int, str], cmdlin
             _write(folder / "iommu_group", type=device.iommu)
         for name, ports in device.infiniband.items():
             _write_infiniband(root, folder, device, name, ports)
+        for name, interface in device.interfaces.items():
+            _write_interface(root, folder, device, name, interface)
     for node, cpus in nodes.items():
         distances = " ".join("10" if other == node else "20" for other in nodes)
         _write(root / f"sys/devices/system/node/node{node}", cpulist=cpus, distance=distances)
@@ -85,6 +98,26 @@ def _write_infiniband(root: Path, folder: Path, device: Device, name: str, ports
     listed = root / "sys/class/infiniband"
     listed.mkdir(parents=True, exist_ok=True)
     (listed / name).symlink_to("../../devices/" + "/".join((device.root, *device.chain, "infiniband", name)))
+
+
+def _write_interface(root: Path, folder: Path, device: Device, name: str, interface: Interface) -> None:
+    place = folder / interface.below
+    own = place / "net" / name
+    texts = dataclasses.asdict(interface)
+    del texts["below"]
+    _write(own, **texts)
+    (own / "device").symlink_to("../..")
+    listed = root / "sys/class/net"
+    listed.mkdir(parents=True, exist_ok=True)
+    (listed / name).symlink_to("../../" + str(own.relative_to(root / "sys")))
+
+
+def write_driver(root: Path, modules: tuple[str, ...], version: str, kernel: str = "6.8.0-60-generic") -> None:
+    """The kernel's release, its modules, and what NVIDIA's says of itself."""
+    for module in modules:
+        (root / "sys/module" / module).mkdir(parents=True)
+    _write(root / "proc/driver/nvidia", version=f"NVRM version: {version}  Release Build\nGCC version:  gcc 13")
+    _write(root / "proc/sys/kernel", osrelease=kernel)
 
 
 def _write(folder: Path, **texts: object) -> None:

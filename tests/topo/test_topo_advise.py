@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shlex
+import subprocess
 
 import machines as m
 import pytest
@@ -130,7 +133,7 @@ def test_the_command_prints_reasons_json_and_lines_for_a_shell(tmp_path, capsys)
     path.write_text(m.topo_m(m.h100()))
     assert main(["topo", "advise", str(path), "--host", "n1"]) == 0
     out = capsys.readouterr().out
-    assert "n1: 1 variables" in out
+    assert "n1: 1 variable\n" in out
     assert "because: mlx5_8 is near no GPU" in out
     assert main(["topo", "advise", str(path), "--export"]) == 0
     both = capsys.readouterr()
@@ -145,6 +148,32 @@ def test_the_command_prints_reasons_json_and_lines_for_a_shell(tmp_path, capsys)
     assert main(["topo", "advise", str(path), str(other), "--export"]) == 3
     assert "2 different environments" in capsys.readouterr().err
     assert main(["topo", "advise", str(tmp_path / "no")]) == 3
+
+
+def sourced(text, tmp_path):
+    """Variables of NCCL after a shell read the lines."""
+    (tmp_path / "job.sh").write_text(text)
+    script = f". {shlex.quote(str(tmp_path / 'job.sh'))} && env"
+    done = subprocess.run(
+        ["sh", "-eu", "-c", script], env={"PATH": os.defpath}, capture_output=True, text=True, check=True
+    )
+    return {line for line in done.stdout.splitlines() if line.startswith("NCCL_")}
+
+
+def test_exported_lines_say_as_comments_what_was_left_out_and_a_shell_takes_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wsync.topo.advise.DEFAULT_TOPO_FILE", str(tmp_path / "topo.xml"))
+    for name, box in (("h100", m.h100()), ("vm", m.h100_vm())):
+        (tmp_path / name).write_text(m.topo_m(box))
+    assert main(["topo", "advise", str(tmp_path / "h100"), "--fabric", "shared", "--export"]) == 0
+    out = capsys.readouterr().out
+    *exports, comment = out.splitlines()
+    assert comment.startswith("# left out: NCCL_CROSS_NIC=1 (measure with and without it): all NICs")
+    assert sourced(out, tmp_path) == {line.removeprefix("export ") for line in exports} != set()
+    assert main(["topo", "advise", str(tmp_path / "vm"), "--export"]) == 0
+    out = capsys.readouterr().out
+    assert f"# left out: NCCL_TOPO_FILE={tmp_path / 'topo.xml'} (there is no such file yet): " in out
+    assert "# note: NCCL_TOPO_FILE: dump the topology" in out
+    assert sourced(out, tmp_path) == set()
 
 
 @needs_fixtures

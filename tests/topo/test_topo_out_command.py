@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import machines as m
+import msgspec
 import pytest
 
 from wsync.cli.main import main
+from wsync.errors import ConfigError
+from wsync.topo.report import Report
 
 COMMAND = [sys.executable, "-m", "wsync.cli.main"]
 INPUTS = {
@@ -241,6 +245,39 @@ def test_a_file_that_cannot_be_written_hides_neither_the_fault_nor_the_other_fil
     assert check(inputs / "OK", "--json", tmp_path) == 3
 
 
+def test_a_machine_that_cannot_be_read_leaves_no_file_of_the_last_check(inputs, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ConfigError("NVML cannot be started", hint="install the driver")
+
+    files = [tmp_path / name for name in ("m.prom", "r.json", "j.xml")]
+    options = [x for pair in zip(("--prometheus", "--json", "--junit"), files, strict=True) for x in pair]
+    assert check(inputs / "OK", *options) == 0
+    monkeypatch.setattr("wsync.cli.topo.inputs.read_live", fail)
+    assert check("--host", "n1", *options, "--exit-style", "npd") == 2
+    assert "hint: install the driver" in capsys.readouterr().err
+    assert 'wsync_topo_verdict{host="n1"} 3\n' in files[0].read_text()
+    report = msgspec.json.decode(files[1].read_bytes(), type=Report)
+    assert (report.verdict, report.machines[0].host, report.machines[0].complete) == ("UNKNOWN", "n1", False)
+    (finding,) = report.all_findings()
+    assert (finding.id, finding.evidence) == ("input.unreadable", "NVML cannot be started")
+    assert ElementTree.parse(files[2]).getroot()[0].get("errors") == "1"
+    for argv in (["--json"], ["--live", inputs / "OK", "--json"]):
+        assert check(*argv) == 3
+        assert json.loads(capsys.readouterr().out)["machines"][0]["host"] == platform.node()
+
+
+def test_a_wrong_platform_leaves_no_file_of_the_last_check_and_names_no_host_that_was_not_asked(inputs, tmp_path):
+    target = tmp_path / "m.prom"
+    assert check(inputs / "OK", "--prometheus", target, "--platform", "nonsense") == 3
+    assert 'wsync_topo_verdict{host=""} 3\n' in target.read_text()
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(inputs, capsys, monkeypatch):
+    monkeypatch.chdir(inputs)
+    assert check("") == 3
+    assert "an input has an empty name" in capsys.readouterr().err
+
+
 def test_junit_counts_failures(inputs, tmp_path):
     target = tmp_path / "junit.xml"
     assert check(inputs / "CRIT", "--junit", target, "--host", "n1") == 2
@@ -287,3 +324,77 @@ def test_the_installed_command_does_all_at_once(inputs, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"inputs", "r.json", "m.prom", "j.xml", "t.svg"}
     assert "GPU2!!" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+# ---- names that are no UTF-8, and readers that go away
+
+
+def odd_name(folder, text):
+    """A file whose name is no UTF-8."""
+    path = os.path.join(os.fsencode(folder), b"t\xff.txt")
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    return os.fsdecode(path)
+
+
+def test_a_name_that_is_no_utf8_stops_no_output(tmp_path, capsys):
+    name = odd_name(tmp_path, INPUTS["CRIT"])
+    files = {option: tmp_path / f"out.{option}" for option in ("json", "junit", "prom", "svg")}
+    options = [x for option, file in files.items() for x in (f"--{option.replace('prom', 'prometheus')}", file)]
+    assert check(name, "--host", "n\udcff", *options) == 2
+    assert json.loads(files["json"].read_text())["machines"][0]["host"] == "n\ufffd"
+    assert 'host="n\ufffd"' in files["prom"].read_text()
+    capsys.readouterr()
+    assert main(["topo", "save", name, "--host", "n\udcff", "--output", str(tmp_path / "saved.json")]) == 0
+    assert check(tmp_path / "saved.json") == 2
+    golden = str(tmp_path / "golden.json")
+    assert main(["topo", "golden", "save", name, "--output", golden]) == 0
+    for words in (["compare", name, str(tmp_path / "saved.json")], ["golden", "check", golden, name]):
+        capsys.readouterr()
+        assert main(["topo", *words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["format_version"] == 1
+    assert main(["topo", "lint", name, "--json"]) == 3
+    assert main(["topo", "check", name + "x", "--json"]) == 3
+
+
+def run_into(stdout, *argv, close=False):
+    """Exit status and what stderr got of a command whose stdout is not read."""
+    command = [*COMMAND, "topo", *map(str, argv)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    if close:
+        child.stdout.close()
+    with child:
+        said = child.stderr.read()
+        return child.wait(timeout=120), said
+
+
+@pytest.mark.parametrize("options", [[], ["--nagios"], ["--json"]])
+def test_a_reader_that_has_seen_enough_changes_no_verdict(inputs, options):
+    assert run_into(subprocess.PIPE, "check", inputs / "CRIT", *options, close=True) == (2, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("verdict", "options", "status"),
+    [("OK", ["--nagios"], 3), ("OK", ["--exit-style", "prolog"], 0), ("CRIT", [], 2), ("CRIT", ["--json"], 2)],
+)
+def test_a_stdout_that_cannot_be_written_hides_no_fault_and_makes_no_fault(inputs, verdict, options, status):
+    with open("/dev/full", "w") as full:
+        found, said = run_into(full, "check", inputs / verdict, *options)
+    assert (found, "No space left" in said, "Traceback" in said) == (status, True, False)
+
+
+def test_a_mistake_in_an_output_is_unknown_and_no_warning(inputs, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("wsync.cli.topo.outputs.junit_xml", fail)
+    assert check(inputs / "OK", "--junit", tmp_path / "j.xml", "--exit-style", "prolog") == 0
+    assert check(inputs / "OK", "--junit", tmp_path / "j.xml") == 3
+    assert "wsync failed: ZeroDivisionError" in capsys.readouterr().err
+    assert check(inputs / "CRIT", "--junit", tmp_path / "j.xml", "--prometheus", tmp_path / "m.prom") == 2
+    assert (tmp_path / "m.prom").exists()

@@ -24,7 +24,7 @@ from wsync.topo.render.summary import host_names, root_findings, verdict_from
 from wsync.topo.report import REPORT_VERSION, MachineReport, Report, check_files, check_topology
 
 GUIDE_TEXT = (Path(__file__).parents[2] / GUIDE).read_text()
-NASTY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+NASTY = st.text(st.characters(), max_size=40)
 FINDINGS = st.builds(
     Finding,
     st.sampled_from(["nvlink.gpu-isolated", "nic.down", "host.outlier", "input.incomplete"]),
@@ -131,9 +131,40 @@ def test_the_clients_own_parser_reads_what_was_written(report, now_s):
     names = host_names(report)
     verdicts = {s.labels["host"]: s.value for s in families["wsync_topo_verdict"].samples}
     wanted = {"OK": 0, "WARN": 1, "CRIT": 2, "UNKNOWN": 3}
-    assert verdicts == {name: wanted[x.verdict] for name, x in zip(names, report.machines, strict=True)}
+    assert list(verdicts.values()) == [wanted[x.verdict] for x in report.machines]
+    assert all(host.startswith(shown(name)) for host, name in zip(verdicts, names, strict=True))
     devices = {s.labels["devices"] for s in families["wsync_topo_finding"].samples}
-    assert devices == {" ".join(f.subject.devices) for f in report.all_findings() if f.severity != "INFO"}
+    assert devices == {shown(" ".join(f.subject.devices)) for f in report.all_findings() if f.severity != "INFO"}
+
+
+def shown(text):
+    """What a label keeps of a text: no control character but the line feed."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", "\ufffd", text)
+
+
+@pytest.mark.parametrize("char", ["\r", "\x00", "\x0b", "\x1b", "\x7f", "\x85", "\u2028", "\udcff"])
+def test_no_control_character_of_a_name_reaches_a_label(char):
+    """Each of them ends a line or the text for some reader, and a surrogate is no UTF-8."""
+    machine = MachineReport(
+        f"no{char}de", "CRIT", True, "h100-sxm", "switch", 18, 8, 8, (), (), {},
+        (Finding("nic.down", "CRIT", Subject(devices=(f"mlx5{char}_0",)), ""),), ("x",),
+    )  # fmt: skip
+    text = prometheus_text(Report("CRIT", (machine,), ()), 1.0)
+    assert text.encode().decode().isascii() is False
+    assert [line for line in text.splitlines() if line.startswith("wsync")] == [
+        line for line in text.split("\n") if line.startswith("wsync")
+    ]
+    assert 'host="no\ufffdde"' in text
+    assert 'devices="mlx5\ufffd_0"' in text
+    assert all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_hosts_whose_names_differ_in_control_characters_alone_stay_apart():
+    """Two equal samples would make the collector refuse the whole file."""
+    report = report_of(m.h100(), m.h100())
+    machines = tuple(msgspec.structs.replace(x, host=h) for x, h in zip(report.machines, ("a\r", "a\x00"), strict=True))
+    keys = [key[:2] for key in samples(prometheus_text(msgspec.structs.replace(report, machines=machines), 1.0))]
+    assert len(set(keys)) == len(keys)
 
 
 def test_the_guide_lists_every_metric_with_its_meaning():
@@ -144,8 +175,14 @@ def test_the_guide_lists_every_metric_with_its_meaning():
 
 def test_hosts_of_one_name_stay_apart():
     report = report_of(m.h100(), m.h100())
-    for host, names in (("n", ["n", "n #2"]), (None, ["machine 1", "machine 2"])):
-        machines = tuple(msgspec.structs.replace(x, host=host) for x in report.machines)
+    for hosts, names in (
+        (["n", "n"], ["n", "n #2"]),
+        ([None, None], ["machine 1", "machine 2"]),
+        (["n", "n #2", "n"], ["n", "n #2", "n #3"]),
+        (["n", "n", "n #2"], ["n", "n #3", "n #2"]),
+        (["machine 2", None], ["machine 2", "machine 2 #2"]),
+    ):
+        machines = tuple(msgspec.structs.replace(report.machines[0], host=host) for host in hosts)
         assert host_names(msgspec.structs.replace(report, machines=machines)) == names
 
 

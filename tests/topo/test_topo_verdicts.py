@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import machines as boxes
 import pytest
 
 from wsync.topo.findings import Finding
@@ -311,10 +312,106 @@ def test_a_link_that_two_gpus_of_a_mesh_lack_is_that_of_their_pair():
     assert [f.id for f in root.symptoms] == ["nvlink.links-missing"] * 2
 
 
-def test_tables_of_two_hosts_in_one_text_are_not_taken_for_one():
+def test_tables_of_several_hosts_in_one_text_are_judged_one_by_one():
     sick, well = matrix(EVERY, alive(0, 1, 3, 4, 5, 6, 7)), matrix(EVERY, nv(18))
-    for text in (f"{sick}\n{well}", f"{well}\n{sick}"):
-        report = judge(text)
-        assert report.verdict in ("WARN", "CRIT", "UNKNOWN")
-        assert "GPU2" in found(report, "sources.disagree").evidence
-    assert judge(f"{well}\n{well}").verdict == "OK"
+    for tables in ([sick, well], [well, sick], [well, sick, well], [matrix(range(4), nv(18)), sick]):
+        report = judge("\n".join(tables))
+        assert [x.verdict for x in report.machines] == ["CRIT" if t is sick else "OK" for t in tables]
+        (root,) = [f for f in report.all_findings() if f.severity == "CRIT"]
+        assert (root.id, root.subject.devices) == ("nvlink.gpu-isolated", ("GPU2",))
+        assert root.subject.host == f"file0 table {tables.index(sick) + 1}"
+        assert "matrix.asymmetric" not in {f.id for f in report.all_findings()}
+    report = judge(f"{well}\n{well}")
+    assert (report.verdict, len(report.machines)) == ("OK", 1)
+
+
+def test_rows_that_occur_twice_without_a_header_are_named():
+    rows = matrix(EVERY, nv(18)).split("\n")[1:]
+    report = judge("\n".join([*rows, rows[2].replace("NV18", "SYS")]))
+    assert "GPU2" in found(report, "sources.disagree").evidence
+
+
+def test_a_header_that_a_pager_repeats_begins_no_other_table_and_a_row_that_occurs_twice_is_named():
+    well = matrix(EVERY, nv(18))
+    head, *rows = well.split("\n")
+    report = judge("\n".join([head, *rows[:4], head, *rows[4:]]))
+    assert (report.verdict, len(report.machines)) == ("OK", 1)
+    report = judge("\n".join([head, *rows[:8], rows[2].replace("NV18", "SYS")]))
+    assert "GPU2" in found(report, "sources.disagree").evidence
+    assert report.verdict != "OK"
+
+
+# ---- GPUDirect RDMA, as NCCL found it
+
+DISABLED = "\n".join(
+    f"node7:25668:27396 [{i}] NCCL INFO NET/IB : GPU Direct RDMA Disabled for HCA {i} 'mlx5_{i}'" for i in range(2)
+)
+
+
+def test_nccl_saying_that_gpudirect_is_disabled_is_an_alarm_with_the_nics_and_that_it_is_enabled_is_none():
+    """Lines as in NVIDIA/nccl issue 1537."""
+    report = check_topology(read_texts([("topo", boxes.topo_m(boxes.h100())), ("nccl.log", DISABLED)]))
+    (finding,) = [f for f in report.all_findings() if f.id == "nic.gpudirect-off"]
+    assert (finding.severity, finding.subject.devices) == ("WARN", ("mlx5_0", "mlx5_1"))
+    for text in (DISABLED.replace("Disabled", "Enabled"), DISABLED.replace("NET/IB", "NET/Socket")):
+        report = check_topology(read_texts([("topo", boxes.topo_m(boxes.h100())), ("nccl.log", text)]))
+        assert "nic.gpudirect-off" not in {f.id for f in report.all_findings()}
+
+
+def test_a_dump_whose_nics_have_no_gpudirect_is_an_alarm_and_one_of_sockets_is_none():
+    text = boxes.system_xml(boxes.h100())
+    off = text.replace('port="1" guid="0x3" gdr="1"', 'port="1" guid="0x3" gdr="0"')
+    assert off != text
+    report = check_topology(read_texts([("dump.xml", off)]))
+    found = {f.id: f.subject.devices for f in report.all_findings() if f.severity == "WARN"}
+    assert found == {"nic.gpudirect-off": ("mlx5_3",)}
+    sockets = text.replace("mlx5_", "eth").replace('gdr="1"/>', 'gdr="0"/>')
+    report = check_topology(read_texts([("dump.xml", sockets)]))
+    assert "nic.gpudirect-off" not in {f.id for f in report.all_findings()}
+
+
+# ---- inputs that contradict each other
+
+
+@pytest.mark.parametrize("sick_first", [True, False])
+@pytest.mark.parametrize("how", ["one text", "two files", "other UUIDs"])
+def test_a_listing_of_a_machine_without_fault_hides_no_link_that_another_shows_down(how, sick_first):
+    box = boxes.h100()
+    sick, well = boxes.nvlink_s(boxes.weaken_gpu(box, 3, 2)), boxes.nvlink_s(box)
+    if how == "other UUIDs":
+        well = well.replace("(UUID: GPU-0", "(UUID: GPU-1")
+    order = (sick, well) if sick_first else (well, sick)
+    report = judge(*order) if how == "two files" else judge("".join(order))
+    root = found(report, "nvlink.links-missing")
+    assert (root.severity, root.subject.devices) == ("CRIT", ("GPU3",))
+    assert "16 of 18" in root.evidence
+    if how == "other UUIDs":
+        assert root.subject.host == f"file0 listing {1 if sick_first else 2}"
+        assert len(report.machines) == 2
+    else:
+        assert "GPU3" in str(
+            [f.evidence for f in (*report.all_findings(), *root.symptoms) if f.id == "sources.disagree"]
+        )
+
+
+def test_a_gpu_without_links_in_one_listing_has_none_whatever_another_says():
+    none = "GPU 0: NVIDIA H100 80GB HBM3\nNVML: Unable to retrieve NVLink information as all links are inActive\n"
+    sick, well = none + smi("NVIDIA H100 80GB HBM3", range(1, 8)), smi("NVIDIA H100 80GB HBM3", EVERY)
+    for texts in ((sick, well), (well, sick), (sick + well,), (well + sick,)):
+        report = judge(*texts)
+        assert {f.subject.devices for f in report.all_findings() if f.severity == "CRIT"} == {("GPU0",)}
+        assert "sources.disagree" in str(report)
+
+
+def test_states_and_counters_of_one_listing_contradict_nothing():
+    box = boxes.h100()
+    whole = boxes.nvlink_s(box) + boxes.nvlink_r(box)
+    assert ids(judge(whole)) == ids(judge(boxes.nvlink_s(box), boxes.nvlink_r(box))) == []
+
+
+def test_of_several_peer_tables_none_hides_what_another_refuses():
+    bad, good = boxes.p2p(boxes.h100(), {(1, 2): "NS", (2, 1): "NS"}), boxes.p2p(boxes.h100())
+    for text in (bad + good, good + bad):
+        refused = found(judge(text), "p2p.pair-refused")
+        assert refused.subject.devices == ("GPU1", "GPU2")
+        assert "1 of 28 pairs" in refused.evidence

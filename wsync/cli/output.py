@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.segment import Segment
 
 from wsync.errors import ConfigError, FormatVersionError, TransportError, WsyncError
 from wsync.spec.files import check_file, write_file
+from wsync.spec.json_text import encode_json
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -34,6 +36,10 @@ class PrintableConsole(Console):
     def render(self, *args: Any, **kwargs: Any) -> Any:
         """As rich's, printable."""
         return map(_printable_segment, super().render(*args, **kwargs))
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command, whose exit status may be a verdict; rich would exit with 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def _printable_segment(segment: Segment) -> Segment:
@@ -85,7 +91,7 @@ def write_json(value: Any, target: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    write_data(target, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    write_data(target, encode_json(value))
 
 
 def write_data(target: str, data: bytes, mode: int | None = None) -> None:

@@ -222,7 +222,7 @@ def _notes(case: Case, seen: dict[str, Finding]) -> Iterator[str]:
             f"NCCL_IB_HCA: the job should use {_some([n.label for n in chosen], 16)}, whose names the inputs do not "
             "give: add the NIC legend of `nvidia-smi topo -m`"
         )
-    if chosen and _named(chosen) and len(chosen) < len(case.view.nics) and _cut(case):
+    if chosen and _named(chosen) and not case.view.sockets_only and len(chosen) < len(case.view.nics) and _cut(case):
         yield "NCCL_IB_HCA: not all GPUs are described, so that NICs which seem near none may be near these"
     if "vm.tree-hidden" in seen or "vm.virtual-bridge" in seen:
         yield (

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from wsync.errors import ConfigError
-from wsync.topo.parse.text import MAX_DEVICES, MAX_INPUT_BYTES, clean
+from wsync.topo.parse.text import MAX_DEVICES, decode
 
 _RANK = re.compile(r"#\s+Rank\s+(\d{1,6}) .*? on\s+(\S+) device\s+\d{1,4} \[[^\]]*\] (.+?)\s*$")
 _NCCL_ROW = re.compile(r"\s+(\d{1,15})\s+(\d{1,15})\s+([a-z]\w*)\s+(\S.*?)\s*$")
@@ -66,9 +66,7 @@ def parse_tables(data: bytes, source: str) -> tuple[Table, ...]:
     Raises:
         ConfigError: too long, of no known tool, damaged JSON, or without a table.
     """
-    if len(data) > MAX_INPUT_BYTES:
-        raise ConfigError(f"{source} has {len(data)} bytes, allowed are {MAX_INPUT_BYTES}")
-    text = clean(data.decode("utf-8-sig", "replace"))
+    text = decode(data, source)
     if text.lstrip()[:1] == "{":
         found = list(_nvbandwidth_json(text, source))
     elif "nvloom" in text or "ExecutionTime" in text or _PROCESS.search(text):

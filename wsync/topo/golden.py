@@ -14,6 +14,7 @@ import msgspec
 
 from wsync.errors import ConfigError, DigestError, FormatVersionError
 from wsync.spec.files import write_file
+from wsync.topo.files import read_regular
 from wsync.topo.findings import Finding, Severity, Subject, Verdict, guide_link, worst
 from wsync.topo.golden_facts import SERIOUS, Difference, Facts, differences, facts_of, fingerprint
 from wsync.topo.model import Machine
@@ -107,12 +108,7 @@ def decode_golden(data: bytes, name: str) -> Golden:
 
 def load_golden(path: str | Path) -> Golden:
     """Read a golden file. Raises as `decode_golden`; one that cannot be read is a `ConfigError`."""
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_INPUT_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
-    return decode_golden(data, str(path))
+    return decode_golden(read_regular(path, MAX_INPUT_BYTES + 1), str(path))
 
 
 def save_golden(golden: Golden, path: str | Path) -> None:
@@ -127,9 +123,8 @@ def save_golden(golden: Golden, path: str | Path) -> None:
 def is_golden(path: str | Path) -> bool:
     """Whether a file says that it is a golden file."""
     try:
-        with Path(path).open("rb") as file:
-            return msgspec.json.decode(file.read(MAX_INPUT_BYTES + 1), type=_Version).kind == KIND
-    except (OSError, ValueError, RecursionError):
+        return msgspec.json.decode(read_regular(path, MAX_INPUT_BYTES + 1), type=_Version).kind == KIND
+    except (ConfigError, ValueError, RecursionError):
         return False
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from wsync.errors import ConfigError
 from wsync.topo.checks import Case
 from wsync.topo.checks.lint import check_hca
 from wsync.topo.findings import Finding, Severity, Subject, guide_link
@@ -20,7 +19,7 @@ from wsync.topo.lint_hca import lint_hca
 from wsync.topo.lint_names import BUILD_NAMES, INTEGERS, KNOWN, LEVEL_NAMES, LEVELS, NOT_OF_NCCL, PLUGIN_PREFIXES
 from wsync.topo.model import HcaList, Machine
 from wsync.topo.parse.host_files import parse_hca
-from wsync.topo.parse.text import MAX_INPUT_BYTES, clean
+from wsync.topo.parse.text import UTF16_MARKS, decode
 
 _ASSIGNMENT = re.compile(r"(?<![\w.])(NCCL_\w+)=(?:\"([^\"\n]*)\"|'([^'\n]*)'|([^\s\"';]*))")
 _TABLE = re.compile(r"[^\n]*\tNCCL_IB_HCA\b")
@@ -76,14 +75,13 @@ def parse_environment(data: bytes, source: str) -> tuple[Assignment, ...]:
     Raises:
         ConfigError: too long.
     """
-    if len(data) > MAX_INPUT_BYTES:
-        raise ConfigError(f"{source} has {len(data)} bytes, allowed are {MAX_INPUT_BYTES}")
-    text = data.decode("utf-8-sig", "replace")
-    if "\x00" in text:
-        pairs = [entry.partition("=") for entry in text.split("\x00")]
+    text = decode(data, source)
+    if b"\x00" in data and data[:2] not in UTF16_MARKS:
+        # As it stands: a value of /proc/PID/environ may have line ends.
+        pairs = [entry.partition("=") for entry in data.decode("utf-8", "replace").split("\x00")]
         return tuple(Assignment(name, value) for name, _, value in pairs if name.startswith("NCCL_"))
     found = []
-    for number, line in enumerate(clean(text).splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("#") and "NCCL_IB_HCA" not in line:
             continue
         for match in _ASSIGNMENT.finditer(line):
@@ -99,7 +97,7 @@ def assignments_of(environment: Mapping[str, str]) -> tuple[Assignment, ...]:
 
 def lint_tables(data: bytes, machine: Machine | None, source: str) -> tuple[Finding, ...]:
     """Lint a table with a column ``NCCL_IB_HCA``, as vendors keep it by shape; nothing of other texts."""
-    text = clean(data.decode("utf-8-sig", "replace"))
+    text = decode(data, source)
     if _TABLE.match(text) is None:
         return ()
     lists = tuple(h for h in parse_hca(text, source).hca_lists if h.name)
@@ -240,7 +238,7 @@ def _place(assignment: Assignment, source: str) -> str:
 
 def _device_names(machine: Machine | None) -> tuple[str, ...]:
     """RDMA devices by name; none where the inputs only number them."""
-    names = [n.label.partition(":")[0] for n in machine.nics] if machine is not None else []
+    names = [n.label.partition(":")[0] for n in machine.nics if n.rdma is not False] if machine else []
     numbered = any(n.startswith(("NIC", "nic@", "NET/", "net")) for n in names)
     return () if numbered else tuple(dict.fromkeys(names))
 

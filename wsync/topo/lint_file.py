@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from wsync.errors import ConfigError
 from wsync.topo.checks import Case, run_checks
+from wsync.topo.files import read_regular
 from wsync.topo.findings import Finding, Severity, Subject, guide_link
 from wsync.topo.lint_hca import select_devices
 from wsync.topo.model import Machine
@@ -70,12 +71,7 @@ def read_topology_file(path: Path) -> TopologyFile:
     Raises:
         ConfigError: it cannot be read, is not XML, truncated, or the XML of something else.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_INPUT_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
-    text = decode(data, str(path))
+    text = decode(read_regular(path, MAX_INPUT_BYTES + 1), str(path))
     if text.lstrip()[:1] != "<":
         raise ConfigError(f"{path.name} is not XML", hint="an environment is linted with --env FILE")
     root = parse_xml(text, path.name)

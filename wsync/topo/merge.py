@@ -54,11 +54,24 @@ def _merge(parts: Sequence[Machine]) -> Machine:
 
 
 def _conflicts(parts: Sequence[Machine]) -> Iterable[Oddity]:
-    """Numbers of GPUs that differ between inputs which each list all of them."""
+    """Numbers of GPUs that differ between inputs which each list all of them; links that are up here and down there."""
     counts = {p.sources[0]: len(p.gpus) for p in parts if len(p.gpus) > 1 and p.sources and not p.gaps}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{n} GPUs in {name}" for name, n in counts.items())
         yield Oddity("sources-disagree", "host", text, next(iter(counts)))
+    listed: dict[int, tuple[str, Gpu]] = {}
+    for part, gpu in ((p, g) for p in parts for g in p.gpus if g.nvlinks is not None and p.sources):
+        name, known = listed.setdefault(gpu.index, (part.sources[0], gpu))
+        if known is not gpu and _have_failed(known, gpu):
+            text = f"{name} and {part.sources[0]} show links of {gpu.label} up and down"
+            yield Oddity("sources-disagree", gpu.label, text, part.sources[0])
+
+
+def _have_failed(a: Gpu, b: Gpu) -> set[int]:
+    """Links that one of two listings shows up and the other down; none listed are all down."""
+    up, down = ({x.index for g in (a, b) for x in g.nvlinks or () if x.active is state} for state in (True, False))
+    none = any(g.nvlinks == () for g in (a, b))
+    return up if none else up & down
 
 
 def _first(values: Iterable[str | None]) -> str | None:
@@ -106,13 +119,15 @@ def _merge_gpus(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
 def _merge_links(known: Gpu, more: Gpu) -> tuple[NvLink, ...] | None:
     if known.nvlinks is None or more.nvlinks is None:
         return known.nvlinks if more.nvlinks is None else more.nvlinks
+    down = _have_failed(known, more)
     links = {link.index: link for link in known.nvlinks}
     for link in more.nvlinks:
         old = links.get(link.index)
         links[link.index] = _fill(old, link) if old else link
         if old and (old.errors or link.errors):
             links[link.index] = msgspec.structs.replace(links[link.index], errors={**old.errors, **link.errors})
-    return tuple(links[i] for i in sorted(links))
+    # The worse state counts: two listings are of two times, or of two hosts by mistake.
+    return tuple(msgspec.structs.replace(links[i], active=False) if i in down else links[i] for i in sorted(links))
 
 
 def _merge_nics(nics: Sequence[Nic]) -> tuple[tuple[Nic, ...], dict[str, str]]:

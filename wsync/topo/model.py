@@ -141,6 +141,7 @@ class Nic(msgspec.Struct, frozen=True, omit_defaults=True):
         state: of the port, ``"ACTIVE"`` or ``"DOWN"``.
         virtual: a virtual function.
         gdr: NCCL found GPUDirect usable with it.
+        rdma: False for a network interface without RDMA, which is of use for sockets only.
     """
 
     label: str
@@ -156,6 +157,7 @@ class Nic(msgspec.Struct, frozen=True, omit_defaults=True):
     port: int | None = None
     virtual: bool | None = None
     gdr: bool | None = None
+    rdma: bool | None = None
 
 
 class PciDevice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -278,13 +280,14 @@ class NcclGraph(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class NcclView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What NCCL itself said of the machine."""
+    """What NCCL itself said of the machine; ``gpudirect_off`` names the HCAs without GPUDirect RDMA."""
 
     edges: tuple[NcclEdge, ...] = ()
     paths: tuple[NcclPath, ...] = ()
     channels: tuple[NcclChannels, ...] = ()
     graphs: tuple[NcclGraph, ...] = ()
     warnings: tuple[str, ...] = ()
+    gpudirect_off: tuple[str, ...] = ()
 
 
 class Gap(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -16,10 +16,13 @@ def compute_nics(view: View, coherent: bool = False) -> tuple[Nic, ...]:
 
     Where no GPU has a NIC on its switch (virtual machines), all NICs at the shortest distance that occurs; on Grace,
     where distances mean nothing, and where no distance is known, all. Ports below half the fastest rate of them,
-    ports that are down and those of another network (`foreign_nics`) are dropped.
+    ports that are down and those of another network (`foreign_nics`) are dropped. Without any RDMA, distances do not
+    count.
     """
     ranks = {nic.label: _best_rank(view, nic) for nic in view.nics}
     local = [n for n in view.nics if ranks[n.label] <= KIND_RANK["PXB"]]
+    if view.sockets_only:
+        local = list(view.nics)
     if not local:
         known = [r for r in ranks.values() if r < _FAR]
         nearest = min(known, default=_FAR)

@@ -123,6 +123,8 @@ class _Builder:
             nvlink_domain=domain,
             nics=tuple(self._nics(chosen)),
         )
+        if self.case.view.sockets_only:
+            self.notes.append("no NIC has RDMA: TCP reaches less than the rates that are assumed; --measured nic=GBPS")
         if not group.nics:
             self.notes.append("no NIC is known: nodes of this group exchange nothing with others")
         return Converted(group, tuple(n.label for n in chosen), tuple(self.rates), tuple(self.notes))
@@ -217,6 +219,10 @@ class _Builder:
         if self.case.coherent:
             # The way over C2C and the CPU's own port is as wide as a switch; distances in the table mean nothing.
             yield from (NicPath(index[g], "PXB") for g, label in sorted(assigned.items()) if label == nic.label)
+            return
+        if self.case.view.sockets_only:
+            # Everything takes a copy through host memory, from wherever.
+            yield from (NicPath(index[g], "SYS" if kind == "SYS" else "PHB") for g, kind in sorted(kinds.items()))
             return
         near = [g for g, kind in kinds.items() if KIND_RANK[kind] <= LOCAL_RANK]
         best = min((KIND_RANK[k] for k in kinds.values()), default=0)

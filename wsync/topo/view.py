@@ -13,11 +13,17 @@ class View:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.gpus = machine.gpus
-        self.nics = machine.nics
+        # Beside RDMA devices, interfaces without RDMA are the front end and no matter of the GPUs'.
+        self.nics = tuple(n for n in machine.nics if n.rdma is not False) or machine.nics
         self._cells: dict[tuple[str, str], Path] = {}
         for path in machine.paths:
             # The first input that shows a pair is believed; `conflicts` has what others say of it.
             self._cells.setdefault((path.a, path.b), path)
+
+    @property
+    def sockets_only(self) -> bool:
+        """There are NICs, and none has RDMA: distances to GPUs mean little, as all goes through host memory."""
+        return bool(self.nics) and all(n.rdma is False for n in self.nics)
 
     def cell(self, a: str, b: str) -> Path | None:
         """How ``a`` itself says that it sees ``b``."""

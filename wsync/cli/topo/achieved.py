@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.topo.inputs import read_file
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_verdict, say
 from wsync.errors import ConfigError
 from wsync.topo.achieved import Achieved, compare_run, decode_prediction, decode_runs
+from wsync.topo.files import read_regular
 from wsync.topo.findings import Severity
 
 
@@ -35,8 +35,8 @@ def run_achieved(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> list[Achieved]:
-    prediction = decode_prediction(read_file(args.plan), Path(args.plan).name)
-    runs = decode_runs(read_file(args.report), Path(args.report).name)
+    prediction = decode_prediction(read_regular(args.plan), Path(args.plan).name)
+    runs = decode_runs(read_regular(args.report), Path(args.report).name)
     if not runs:
         raise ConfigError(f"{args.report} has no publish of wsync")
     return [compare_run(run, prediction) for run in runs]

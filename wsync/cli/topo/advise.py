@@ -7,11 +7,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.output import EXIT_OK, check_writable, printable, stderr_console, stdout_console, write_json
+from wsync.cli.output import EXIT_OK, check_writable, printable, stderr_console, write_json
 from wsync.cli.topo.inputs import add_arguments, live_options, read_inputs
 from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
 from wsync.topo.advise import Advice, Advised, advise
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -29,7 +30,11 @@ def add_parser(commands: Any) -> None:
         default="unknown",
         help="rails: NICs of equal position have switches of their own; shared: all NICs of a host are on one switch",
     )
-    parser.add_argument("--export", action="store_true", help="print lines for a shell; reasons go to stderr")
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="print lines for a shell, what is left out as comments; reasons go to stderr",
+    )
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the advice as JSON (-: to stdout)")
     parser.set_defaults(run=run_advise)
 
@@ -67,12 +72,21 @@ def _print_export(advised: list[Advised]) -> None:
         )
     for one in advised[:1]:
         for advice in filter(_certain, one.advice):
-            stdout_console().print(
-                f"export {advice.name}={shlex.quote(advice.value)}", markup=False, highlight=False, soft_wrap=True
-            )
+            say(f"export {advice.name}={shlex.quote(advice.value)}")
             stderr_console().print(
                 printable(f"{advice.name}: {advice.reason}"), markup=False, highlight=False, soft_wrap=True
             )
+    # After what is set: a shell that gets the lines as one would take all behind a comment for a part of it.
+    comments = [_comment(a) for one in advised for a in one.advice if not _certain(a)]
+    comments += [f"# note: {note}" for one in advised for note in one.notes]
+    for comment in dict.fromkeys(comments):
+        say(comment)
+
+
+def _comment(advice: Advice) -> str:
+    """What is left out and why, as a line that a shell passes over."""
+    why = "measure with and without it" if advice.measure else "there is no such file yet"
+    return f"# left out: {advice.name}={shlex.quote(advice.value)} ({why}): {advice.reason}"
 
 
 def _certain(advice: Advice) -> bool:
@@ -81,7 +95,7 @@ def _certain(advice: Advice) -> bool:
 
 
 def _print(one: Advised) -> None:
-    count = f"{len(one.advice)} variables" if one.advice else "NCCL's defaults are right"
+    count = plural(len(one.advice), "variable") if one.advice else "NCCL's defaults are right"
     say(f"{one.host or 'this machine'}: {count}")
     for advice in one.advice:
         lines = [

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from wsync.cli.output import stdout_console
-from wsync.cli.topo.inputs import read_file
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.cli.topo.table import STYLES
 from wsync.topo.bandwidth import MODELS, BandwidthReport, judge_tables
 from wsync.topo.bandwidth_parse import Table, parse_tables
+from wsync.topo.files import read_regular
 from wsync.topo.parse.text import MAX_INPUT_BYTES
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -37,14 +38,14 @@ def _judge(args: argparse.Namespace) -> BandwidthReport:
 
 
 def _read(path: str) -> tuple[Table, ...]:
-    return parse_tables(read_file(path, MAX_INPUT_BYTES + 1), Path(path).name)
+    return parse_tables(read_regular(path, MAX_INPUT_BYTES + 1), Path(path).name)
 
 
 def _print(report: BandwidthReport) -> None:
     from rich.text import Text
 
     console = stdout_console()
-    print_verdict(report.verdict, f"{len(report.results)} rates")
+    print_verdict(report.verdict, plural(len(report.results), "rate"))
     for result in report.results:
         place = f"{result.source}:{result.line}" if result.line else result.source
         text = f" {result.test}, {result.subject}: {result.gbps:g} GB/s; {result.note} [{place}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from typing import Any
 
 from wsync.cli.topo.exits import add_exit_arguments, counted_verdict, exit_of
@@ -27,12 +28,17 @@ def add_parser(commands: Any) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Print the report and return the verdict's exit status; what cannot be judged at all is UNKNOWN."""
-    judged = judge_or_none(args, lambda: _judge(args), lambda e: print_unjudged(e, args))
+    judged = judge_or_none(args, lambda: _judge(args), lambda e: print_unjudged(e, args, _host(args)))
     if judged is None:
         return exit_of("UNKNOWN", args.exit_style)
     topology, report = judged
     verdict = counted_verdict([f.severity for f in report.all_findings()], args.exit_style, args.fail_on)
     return status_of(args, verdict, write_outputs(report, topology, args, verdict))
+
+
+def _host(args: argparse.Namespace) -> str | None:
+    """Name of the machine that was to be judged, where it is this one."""
+    return args.host or (None if live_options(args) is None else platform.node() or None)
 
 
 def _judge(args: argparse.Namespace) -> tuple[Topology, Report]:

@@ -11,6 +11,7 @@ from wsync.cli.topo.lines import print_findings, print_verdict, say
 from wsync.errors import ConfigError
 from wsync.topo.compare import Comparison, compare
 from wsync.topo.model import Machine
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +44,6 @@ def _print(found: Comparison, num_hosts: int) -> None:
     print_verdict(found.verdict, f"{num_hosts} hosts, {kinds}")
     for group in found.groups:
         hosts = ", ".join(group.hosts[:8]) + (f" and {len(group.hosts) - 8} more" if len(group.hosts) > 8 else "")
-        line = f"  {group.fingerprint}  {len(group.hosts)} hosts: {hosts}"
+        line = f"  {group.fingerprint}  {plural(len(group.hosts), 'host')}: {hosts}"
         say(line)
     print_findings(found.findings)

@@ -23,6 +23,7 @@ from wsync.topo.golden import (
     name_of,
     save_golden,
 )
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -62,7 +63,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Print what differs from the golden file and return the verdict's exit status."""
 
     def show(report: GoldenReport) -> None:
-        _print(report, f"{len(report.hosts)} hosts against {report.fingerprint}")
+        _print(report, f"{plural(len(report.hosts), 'host')} against {report.fingerprint}")
 
     return run_judged(args, lambda: check_golden(load_golden(args.golden), read_hosts(args.inputs)), _severities, show)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -60,8 +61,11 @@ def read_inputs(inputs: list[str], host: str | None, live: LiveOptions | None = 
         live: read this machine, too.
 
     Raises:
-        ConfigError: a folder without files; this machine cannot be read and there are no files that could be judged.
+        ConfigError: an empty name; a folder without files; this machine cannot be read and there are no files that
+            could be judged.
     """
+    if "" in inputs:
+        raise ConfigError("an input has an empty name", hint="a variable of the shell may be unset")
     folders = [Path(p) for p in inputs if Path(p).is_dir()]
     files = [p for p in inputs if not Path(p).is_dir()]
     machines = list(read_files(files, host).machines) if files else []
@@ -75,19 +79,6 @@ def read_inputs(inputs: list[str], host: str | None, live: LiveOptions | None = 
     return Topology(tuple(machines))
 
 
-def read_file(path: str, max_bytes: int = -1) -> bytes:
-    """The file's first ``max_bytes`` bytes; all of them for -1.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(max_bytes)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
-
-
 def _read_live(live: LiveOptions, host: str | None, alone: bool) -> Machine:
     """This machine; beside files a machine that cannot be read makes the verdict UNKNOWN, and they are judged."""
     try:
@@ -95,4 +86,6 @@ def _read_live(live: LiveOptions, host: str | None, alone: bool) -> Machine:
     except ConfigError as e:
         if alone:
             raise
+        # By the name that it has when it can be read: monitoring systems know it by that.
+        host = host or platform.node() or None
         return Machine(host=host, gaps=(Gap(f"{e.message} ({e.hint})", "this machine", fatal=True),), sources=("live",))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -38,16 +40,12 @@ def run_judged(
     report = judge_or_none(args, lambda: _judge_writable(args, judge), print_error)
     if report is None:
         return exit_of("UNKNOWN", args.exit_style)
-    written = True
+    done = True
     if args.json != "-":
-        show(report)
-    try:
-        if args.json:
-            write_json(report, args.json)
-    except ConfigError as e:
-        print_error(e)
-        written = False
-    return status_of(args, counted_verdict(severities_of(report), args.exit_style, args.fail_on), written)
+        done = written(args, lambda: show(report))
+    if args.json:
+        done &= written(args, lambda: write_json(report, args.json))
+    return status_of(args, counted_verdict(severities_of(report), args.exit_style, args.fail_on), done)
 
 
 def _judge_writable(args: argparse.Namespace, judge: Callable[[], R]) -> R:
@@ -62,12 +60,39 @@ def judge_or_none(args: argparse.Namespace, judge: Callable[[], R], tell: Callab
     except WsyncError as e:
         tell(e)
     except Exception as e:
-        # A mistake of ours says nothing of the machine: Python's status 1 would read WARN, and drain it in a prolog.
         if args.debug:
             raise
-        traceback.print_exc()
-        tell(ConfigError(f"wsync failed: {type(e).__name__}: {e}", hint="please report it"))
+        tell(_mistake(e))
     return None
+
+
+def written(args: argparse.Namespace, write: Callable[[], None]) -> bool:
+    """Whether ``write`` could; what stopped it is said on stderr. Who closed the pipe has seen enough of it."""
+    try:
+        write()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except ConfigError as e:
+        print_error(e)
+    except OSError as e:
+        # Nor may Python complain at its end of what is left to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            return True
+        print_error(ConfigError(f"stdout cannot be written: {e.strerror}"))
+    except Exception as e:
+        if args.debug:
+            raise
+        print_error(_mistake(e))
+    else:
+        return True
+    return False
+
+
+def _mistake(error: Exception) -> WsyncError:
+    """A mistake of ours says nothing of the machine: Python's status 1 would read WARN, and drain it in a prolog."""
+    traceback.print_exc()
+    return ConfigError(f"wsync failed: {type(error).__name__}: {error}", hint="please report it")
 
 
 def status_of(args: argparse.Namespace, verdict: Verdict, written: bool) -> int:

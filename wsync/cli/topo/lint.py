@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wsync.cli.topo.inputs import read_file, read_inputs
+from wsync.cli.topo.inputs import read_inputs
 from wsync.cli.topo.judged import add_judging_arguments, run_judged
 from wsync.cli.topo.lines import print_findings, print_verdict
 from wsync.errors import ConfigError
+from wsync.topo.files import read_regular
 from wsync.topo.findings import worst
 from wsync.topo.lint import LintReport, lint
 from wsync.topo.lint_env import Assignment, assignments_of, lint_tables, names_of, parse_environment
 from wsync.topo.model import Machine
 from wsync.topo.parse.text import MAX_INPUT_BYTES
+from wsync.topo.render.summary import plural
 
 
 def add_parser(commands: Any) -> None:
@@ -72,7 +74,7 @@ def _lint(args: argparse.Namespace) -> LintReport:
 
 def _counted(report: LintReport, name: str, variables: tuple[Assignment, ...]) -> LintReport:
     """How many variables an input has is said once, not in each finding."""
-    shown = f"{name} ({len(names_of(variables))} variables of NCCL)"
+    shown = f"{name} ({plural(len(names_of(variables)), 'variable')} of NCCL)"
     return LintReport(report.verdict, tuple(shown if i == name else i for i in report.inputs), report.findings)
 
 
@@ -91,4 +93,4 @@ def _read_machine(inputs: list[str]) -> Machine | None:
 def _read_bytes(target: str) -> tuple[bytes, str]:
     if target == "-":
         return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin"
-    return read_file(target, MAX_INPUT_BYTES + 1), Path(target).name
+    return read_regular(target, MAX_INPUT_BYTES + 1), Path(target).name

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from wsync.cli.output import print_error, write_data, write_json
+from wsync.cli.topo.judged import written
 from wsync.cli.topo.table import print_report
 from wsync.errors import ConfigError, WsyncError
-from wsync.topo.findings import Verdict
+from wsync.topo.findings import Finding, Subject, Verdict, guide_link
 from wsync.topo.model import Topology
 from wsync.topo.render.junit import junit_xml
 from wsync.topo.render.nagios import nagios_line, status_text
 from wsync.topo.render.prometheus import prometheus_text
-from wsync.topo.report import Report
+from wsync.topo.report import MachineReport, Report
 
 STDOUT = "-"
 
@@ -76,11 +77,7 @@ def write_outputs(report: Report, topology: Topology, args: argparse.Namespace, 
     """
     done = True
     for write in _writers(report, topology, args, verdict):
-        try:
-            write()
-        except ConfigError as e:
-            print_error(e)
-            done = False
+        done &= written(args, write)
     return done
 
 
@@ -91,14 +88,18 @@ def _writers(
         yield lambda: print(nagios_line(report, verdict))
     elif STDOUT not in (args.json, args.prometheus, args.junit, args.svg):
         yield lambda: _print_tables(report, topology, args)
+    yield from _file_writers(report, args)
+    if args.svg or args.png:
+        yield lambda: _draw(report, topology, args)
+
+
+def _file_writers(report: Report, args: argparse.Namespace) -> Iterator[Callable[[], None]]:
     if args.json:
         yield lambda: write_json(report, args.json)
     if args.prometheus:
         yield lambda: write_output(args.prometheus, prometheus_text(report, time.time()).encode())
     if args.junit:
         yield lambda: write_output(args.junit, junit_xml(report).encode())
-    if args.svg or args.png:
-        yield lambda: _draw(report, topology, args)
 
 
 def _print_tables(report: Report, topology: Topology, args: argparse.Namespace) -> None:
@@ -123,11 +124,30 @@ def _draw(report: Report, topology: Topology, args: argparse.Namespace) -> None:
         write_output(args.png, png_bytes(scene))
 
 
-def print_unjudged(error: WsyncError, args: argparse.Namespace) -> None:
-    """Say why there is no report, also where a monitoring system looks for it."""
+def print_unjudged(error: WsyncError, args: argparse.Namespace, host: str | None) -> None:
+    """Say why nothing was judged, also where monitoring systems look for it: the last file may say that all was well.
+
+    Args:
+        error: why.
+        args: with what `add_output_arguments` added.
+        host: that should have been judged.
+    """
     print_error(error)
     if args.nagios:
         print(status_text("UNKNOWN", error.message))
+    try:
+        check_outputs(args)
+    except ConfigError:
+        return
+    for write in _file_writers(_unjudged(error, host), args):
+        written(args, write)
+
+
+def _unjudged(error: WsyncError, host: str | None) -> Report:
+    name = "input.unreadable"
+    finding = Finding(name, "UNKNOWN", Subject(host), error.message, "", error.hint or "", guide_link(name))
+    machine = MachineReport(host, "UNKNOWN", False, "unknown", "unknown", None, 0, 0, (), (), {}, (finding,), ())
+    return Report("UNKNOWN", (machine,))
 
 
 def write_output(target: str, data: bytes) -> None:

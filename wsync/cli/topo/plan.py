@@ -10,10 +10,10 @@ import msgspec
 
 from wsync.cli.output import EXIT_OK, check_writable, write_json
 from wsync.cli.topo.hosts import read_hosts
-from wsync.cli.topo.inputs import read_file
 from wsync.cli.topo.lines import say
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup, check_cluster, dump_cluster
+from wsync.topo.files import read_regular
 from wsync.topo.placement import CURVE, Placement, as_collective, own_nics, place_senders
 from wsync.topo.placement_plan import PLACEMENT_VERSION, Planned, plan_on, read_plan, replay_on
 from wsync.topo.to_cluster import PARTS, Converted, Overrides, Rate, to_group
@@ -155,7 +155,7 @@ def _plan(
             raise ConfigError(f"--bytes is {args.bytes:g}, allowed is more than 0 and less than 1e16")
         return None, int(args.bytes)
     if args.plan is not None:
-        planned = replay_on(read_plan(read_file(args.plan), args.plan), trainer, engine, cluster)
+        planned = replay_on(read_plan(read_regular(args.plan), args.plan), trainer, engine, cluster)
         return planned, planned.wire_bytes
     from wsync.describe import describe_sink, describe_source, load_model
 

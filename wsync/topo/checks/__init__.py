@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from wsync.topo.checks import (
     completeness,
+    direct,
     kernel_log,
     links,
     lint,
@@ -48,6 +49,8 @@ CHECKS: tuple[Check, ...] = (
     network.check_ports,
     network.check_locality,
     network.check_compute_set,
+    network.check_sockets,
+    direct.check_direct,
     numa.check_hidden,
     numa.check_affinity,
     numa.check_kernel,

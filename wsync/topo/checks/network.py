@@ -13,7 +13,9 @@ from wsync.topo.reference import NIC_RATES_GBIT
 
 
 def check_ports(case: Case) -> Iterator[Finding]:
-    """Ports are up; those that a GPU would use are as fast as their peers."""
+    """Ports are up; those that a GPU would use are as fast as their peers. Of sockets `check_sockets` tells."""
+    if case.view.sockets_only:
+        return
     spare = _spare_ports(case)
     for nic in case.view.nics:
         if nic.state is not None and nic.state != "ACTIVE":
@@ -223,7 +225,7 @@ def check_compute_set(case: Case) -> Iterator[Finding]:
         )
     chosen = compute_nics(case.view, case.coherent)
     rest = [n for n in case.view.nics if n not in chosen]
-    if rest and chosen and all(case.view.nic_paths.values()):
+    if rest and chosen and not case.view.sockets_only and all(case.view.nic_paths.values()):
         yield case.finding(
             "nic.compute-set",
             "INFO",
@@ -231,6 +233,26 @@ def check_compute_set(case: Case) -> Iterator[Finding]:
             _why_not(rest),
             remedy=_hca_remedy(chosen),
         )
+
+
+def check_sockets(case: Case) -> Iterator[Finding]:
+    """A machine whose NICs all lack RDMA: everything between hosts goes over TCP."""
+    if case.view.sockets_only:
+        yield case.finding(
+            "nic.no-rdma",
+            "INFO",
+            case.view.nics,
+            f"no NIC has RDMA ({names(map(_spell_socket, case.view.nics))}): traffic between hosts goes over TCP, "
+            "through host memory",
+            remedy="load the RDMA driver of the card (mlx5_ib, irdma, bnxt_re, efa), where it has one; "
+            "NCCL_SOCKET_IFNAME keeps NCCL to the fast interfaces",
+        )
+
+
+def _spell_socket(nic: Nic) -> str:
+    if nic.state == "DOWN":
+        return f"{nic.label} is down"
+    return f"{nic.label} {nic.rate_gbit:g} Gbit/s" if nic.rate_gbit else nic.label
 
 
 def _why_not(nics: list[Nic]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from wsync.topo.checks.base import Case, names
-from wsync.topo.findings import Finding
+from wsync.topo.findings import Finding, Severity
 from wsync.topo.model import Gpu, Nic, PciDevice, Pcie
+from wsync.topo.nics import compute_nics
 from wsync.topo.reference import generation, pcie_gbps
 
 RESEAT = "reseat the card or its riser, clean the contacts, update the board's firmware, check the slot's bifurcation"
@@ -18,12 +19,18 @@ def check_width(case: Case) -> Iterator[Finding]:
         if pcie.width and pcie.max_width and pcie.width < pcie.max_width:
             yield case.finding(
                 "pcie.width-reduced",
-                "WARN",
+                _severity(case, device),
                 [device],
                 f"{_label(device)} runs x{pcie.width} of x{pcie.max_width}",
                 f"x{pcie.max_width}",
                 RESEAT,
             )
+
+
+def _severity(case: Case, device: Gpu | Nic | PciDevice) -> Severity:
+    """Of an interface without RDMA that no job would use, such as a card for management, nothing slows down."""
+    spare = isinstance(device, Nic) and device.rdma is False and device not in compute_nics(case.view, case.coherent)
+    return "INFO" if spare else "WARN"
 
 
 def check_speed(case: Case) -> Iterator[Finding]:
@@ -34,7 +41,12 @@ def check_speed(case: Case) -> Iterator[Finding]:
         evidence = f"{_label(device)} runs at {generation(pcie.speed_gtps)} of {generation(pcie.max_speed_gtps)}"
         if isinstance(device, Nic) or pcie.idle is False:
             yield case.finding(
-                "pcie.speed-reduced", "WARN", [device], evidence, generation(pcie.max_speed_gtps), RESEAT
+                "pcie.speed-reduced",
+                _severity(case, device),
+                [device],
+                evidence,
+                generation(pcie.max_speed_gtps),
+                RESEAT,
             )
         else:
             yield case.finding(

@@ -97,7 +97,7 @@ def _subject(doing: Doing | None, board: Board) -> str:
         return "host"
     if doing.gpu < 0:
         # The device of a path of /sys: the last bus id or name of a NIC in it.
-        found = re.findall(r"/(?:devices|infiniband)/([^/]+)", doing.call)
+        found = re.findall(r"/(?:devices|infiniband|net)/([^/]+)", doing.call)
         return found[-1] if found else "host"
     return board.bus_of.get(doing.gpu) or f"GPU{doing.gpu}"
 

@@ -7,15 +7,22 @@ from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
+from wsync.topo.live.gpudirect import DRIVER, KERNEL, MODULES, why_not_direct
 from wsync.topo.live.records import Answer, Refusal
-from wsync.topo.live.sysfs import BUS_ID, INFINIBAND, NODES, PCI
+from wsync.topo.live.sysfs import BUS_ID, INFINIBAND, NETWORK, NODES, PCI
 from wsync.topo.model import KernelLine, Machine, Nic, NumaNode, Oddity, PathKind, PciDevice, Pcie
 from wsync.topo.parse.lspci import NVSWITCHES
-from wsync.topo.parse.text import speed_gtps
+from wsync.topo.parse.text import gbit, possible_rate, speed_gtps
 
 SOURCE = "sysfs"
 ACS_REDIRECT = 0b1100
 """Request redirect and completion redirect: traffic of peers goes up to the root and down again."""
+
+
+NETWORK_CARD = "0x02"
+"""PCI class of network controllers."""
+ETHERNET = "1"
+"""ARPHRD_ETHER. Source: Linux ``include/uapi/linux/if_arp.h``."""
 
 
 class Host:
@@ -127,7 +134,7 @@ class PciTree:
 
 def read_machine(host: Host) -> Machine:
     """NICs, bridges above them and above GPUs, NVSwitches, NUMA nodes, the kernel's command line."""
-    nics = tuple(_nics(host))
+    nics = tuple(_nics(host)) or tuple(_interfaces(host))
     gpus = host.gpus()
     used = dict.fromkeys(b for d in [*gpus, *(n.bus_id for n in nics if n.bus_id)] for b in host.tree.parents(d))
     command_line = host.texts.get("/proc/cmdline")
@@ -136,7 +143,7 @@ def read_machine(host: Host) -> Machine:
         pci=(*(_bridge(host, b) for b in used), *_switches(host)),
         numa_nodes=tuple(_numa_nodes(host)),
         kernel=(KernelLine(command_line),) if command_line else (),
-        oddities=(*_redirects(host, gpus, set(used)), *_translations(host, gpus)),
+        oddities=(*_redirects(host, gpus, set(used)), *_translations(host, gpus), *_gpudirect(host)),
         sources=(SOURCE,),
     )
 
@@ -147,16 +154,7 @@ def _nics(host: Host) -> Iterator[Nic]:
         if not buses:
             # Software devices (rxe, siw) hang from no bus.
             continue
-        bus = buses[-1]
-        base = Nic(
-            name,
-            bus_id=bus,
-            device_id=host.device_id(bus),
-            numa=host.numa(bus),
-            parent=next(iter(host.tree.parents(bus)), None),
-            pcie=host.pcie(bus),
-            virtual=True if host.attribute(bus, "physfn") else None,
-        )
+        base = _nic(host, name, buses[-1])
         ports = sorted(host.names(f"{INFINIBAND}/{name}/ports"), key=lambda p: (len(p), p))
         for port in ports:
             yield _port(host, base, f"{INFINIBAND}/{name}/ports/{port}", port)
@@ -164,17 +162,48 @@ def _nics(host: Host) -> Iterator[Nic]:
             yield base
 
 
+def _nic(host: Host, name: str, bus: str) -> Nic:
+    return Nic(
+        name,
+        bus_id=bus,
+        device_id=host.device_id(bus),
+        numa=host.numa(bus),
+        parent=next(iter(host.tree.parents(bus)), None),
+        pcie=host.pcie(bus),
+        virtual=True if host.attribute(bus, "physfn") else None,
+    )
+
+
+def _interfaces(host: Host) -> Iterator[Nic]:
+    """Ethernet of network cards; not that of USB, and not virtual functions, whose port is that of their card."""
+    for name in host.names(NETWORK):
+        buses = BUS_ID.findall(host.texts.get(f"{NETWORK}/{name}/device", ""))
+        if not buses or not (host.attribute(buses[-1], "class") or "").startswith(NETWORK_CARD):
+            continue
+        nic = _nic(host, name, buses[-1])
+        if host.texts.get(f"{NETWORK}/{name}/type") == ETHERNET and not nic.virtual:
+            speed = host.texts.get(f"{NETWORK}/{name}/speed", "")
+            state = host.texts.get(f"{NETWORK}/{name}/operstate")
+            yield replace(
+                nic,
+                state={"up": "ACTIVE", "down": "DOWN", "lowerlayerdown": "DOWN"}.get(state or ""),
+                rate_gbit=possible_rate(int(speed) / 1000) if re.fullmatch(r"\d{1,9}", speed) else None,
+                link_layer="Ethernet",
+                gdr=False,
+                rdma=False,
+            )
+
+
 def _port(host: Host, device: Nic, folder: str, port: str) -> Nic:
     """One port, with the words that ``ibstatus`` uses; port 2 of a device is called ``mlx5_0:2``."""
     state = host.texts.get(f"{folder}/state", "").partition(":")[2].strip() or None
     physical = host.texts.get(f"{folder}/phys_state", "")
-    rate = re.match(r"\d+(?:\.\d+)?", host.texts.get(f"{folder}/rate", ""))
     return replace(
         device,
         label=device.label if port == "1" else f"{device.label}:{port}",
         port=int(port) if port.isdigit() else None,
         state="DOWN" if state == "ACTIVE" and physical and "LinkUp" not in physical else state,
-        rate_gbit=float(rate[0]) if rate else None,
+        rate_gbit=gbit(host.texts.get(f"{folder}/rate")),
         link_layer=host.texts.get(f"{folder}/link_layer"),
     )
 
@@ -219,3 +248,9 @@ def _translations(host: Host, gpus: list[str]) -> Iterator[Oddity]:
         kind = host.attribute(bus, "iommu_group/type")
         if kind in ("DMA", "DMA-FQ"):
             yield Oddity("iommu-translates", bus, f"IOMMU group type {kind}", SOURCE)
+
+
+def _gpudirect(host: Host) -> Iterator[Oddity]:
+    text = why_not_direct(host.names(MODULES), host.texts.get(DRIVER), host.texts.get(KERNEL))
+    if text is not None:
+        yield Oddity("gpudirect-off", "host", text, SOURCE)

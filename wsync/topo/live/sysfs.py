@@ -3,7 +3,8 @@
 Runs in a child process: an attribute of a dead device can take for ever. It only reads and tells, file by file; what
 the texts mean is decided in the parent (`wsync.topo.live.devices`).
 
-Source: Linux ``Documentation/ABI``: ``sysfs-bus-pci``, ``sysfs-class-infiniband``, ``sysfs-devices-node``.
+Source: Linux ``Documentation/ABI``: ``sysfs-bus-pci``, ``sysfs-class-infiniband``, ``sysfs-class-net``,
+``sysfs-devices-node``.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import errno
 import os
 import re
 import struct
+from collections.abc import Iterator
 
+from wsync.topo.live.gpudirect import DRIVER, KERNEL, MODULES
 from wsync.topo.live.records import Answer, Doing, Refusal, Request, Send
 
 PCI = "/sys/bus/pci/devices"
 INFINIBAND = "/sys/class/infiniband"
+NETWORK = "/sys/class/net"
 NODES = "/sys/devices/system/node"
 BUS_ID = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 MAX_FILE_BYTES = 1 << 14
 ACS_CAPABILITY = 0x000D
 IDENTITY = ("vendor", "device", "class")
 STATE = ("numa_node", "current_link_speed", "current_link_width", "max_link_speed", "max_link_width")
+INTERFACE = ("type", "operstate", "speed")
 PORT = ("state", "phys_state", "rate", "link_layer")
 
 
@@ -34,12 +39,18 @@ def probe(request: Request, send: Send) -> None:
             reader.text(f"{NODES}/{name}/cpulist")
             reader.text(f"{NODES}/{name}/distance")
     reader.text("/proc/cmdline")
+    reader.names(MODULES)
+    reader.text(DRIVER)
+    reader.text(KERNEL)
     wanted = set()
-    for name in reader.names(INFINIBAND):
+    devices = reader.names(INFINIBAND)
+    for name in devices:
         wanted.update(reader.chain(f"{INFINIBAND}/{name}/device"))
         for port in reader.names(f"{INFINIBAND}/{name}/ports"):
             for attribute in PORT:
                 reader.text(f"{INFINIBAND}/{name}/ports/{port}/{attribute}")
+    if not devices:
+        wanted.update(_probe_interfaces(reader))
     chains = {}
     for bus in reader.names(PCI):
         identity = [reader.text(f"{PCI}/{bus}/{attribute}") for attribute in IDENTITY]
@@ -53,6 +64,16 @@ def probe(request: Request, send: Send) -> None:
         reader.target(f"{PCI}/{bus}/driver")
         reader.target(f"{PCI}/{bus}/physfn")
         reader.access_control(f"{PCI}/{bus}/config")
+
+
+def _probe_interfaces(reader: Reader) -> Iterator[str]:
+    """Network interfaces with a device, which carry the traffic of hosts without RDMA; bus ids above them."""
+    for name in reader.names(NETWORK):
+        chain = reader.chain(f"{NETWORK}/{name}/device")
+        if chain:
+            for attribute in INTERFACE:
+                reader.text(f"{NETWORK}/{name}/{attribute}")
+        yield from chain
 
 
 class Reader:

@@ -6,14 +6,13 @@ that cannot be read or understood does not stop the others: it becomes a fatal `
 
 from __future__ import annotations
 
-import os
-import stat
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from wsync.errors import ConfigError, WsyncError
+from wsync.topo.files import read_regular
 from wsync.topo.merge import merge_machines
 from wsync.topo.model import Gap, Machine, Topology
 from wsync.topo.parse import (
@@ -124,17 +123,10 @@ def _merged(inputs: Iterable[tuple[str, Callable[[], str]]], host: str | None) -
 
 
 def _read(path: Path) -> str:
-    """A regular file or, for ``-``, stdin. Others may never answer: a check must not wait for them."""
+    """A regular file or, for ``-``, stdin."""
     if str(path) == "-":
         return decode(sys.stdin.buffer.read(MAX_INPUT_BYTES + 1), "stdin")
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path} is no regular file", hint="write it to a file, or pipe it in and give -")
-            data = file.read(MAX_INPUT_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
-    return decode(data, str(path))
+    return decode(read_regular(path, MAX_INPUT_BYTES + 1), str(path))
 
 
 def _named(machines: tuple[Machine, ...], host: str | None) -> tuple[Machine, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from wsync.topo.model import HcaList, KernelLine, Machine, Nic, NumaNode, SXid, Xid
-from wsync.topo.parse.text import MAX_DEVICES, MAX_WORDS_CHARS, bus_id, expand
+from wsync.topo.parse.text import MAX_DEVICES, MAX_WORDS_CHARS, bus_id, expand, gbit
 
 _IB = re.compile(r"Infiniband device '([^']{1,64})' port (\d{1,3}) status:", re.I)
 _IB_KEY = re.compile(r"\s*([a-z][a-z _]*?)\s*:\s+(.+?)\s*$")
@@ -37,11 +37,10 @@ def parse_ibstatus(text: str, source: str) -> Machine:
     def flush() -> None:
         if not name or len(nics) >= MAX_DEVICES:
             return
-        rate = re.match(r"\d+(?:\.\d+)?", keys.get("rate", ""))
         state = keys.get("state", "").partition(":")[2].strip() or None
         physical = keys.get("phys state", "")
         up = state if state != "ACTIVE" or "LinkUp" in physical or not physical else "DOWN"
-        nics.append(Nic(name, rate_gbit=float(rate[0]) if rate else None, state=up, link_layer=keys.get("link_layer")))
+        nics.append(Nic(name, rate_gbit=gbit(keys.get("rate")), state=up, link_layer=keys.get("link_layer")))
 
     for line in text.splitlines():
         if len(line) > MAX_WORDS_CHARS:

@@ -9,7 +9,10 @@ Source: ``nvidia-smi topo -m`` of drivers 384 to 580 as recorded in public issue
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from wsync.topo.model import Gap, Gpu, Machine, Nic, Oddity, Path
 from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, expand, numbers
@@ -41,9 +44,34 @@ def looks_like_matrix(text: str) -> bool:
     return any(_row_start(line) is not None for line in text.splitlines())
 
 
-def parse_matrix(text: str, source: str) -> Machine:
-    """Read one matrix. Rows of a second one overwrite those of the first; where they differ, an `Oddity` says so."""
+def parse_matrix(text: str, source: str) -> tuple[Machine, ...]:
+    """Read a matrix, or several that differ, each as a machine of its own: of several hosts, or of several times.
+
+    Rows that occur twice below one header are believed the last time; where they differ, an `Oddity` says so.
+    """
     lines = [line for line in text.splitlines() if len(line) <= MAX_LINE_CHARS]
+    whole = _parse_table(lines, source)
+    tables = _split(lines) if whole.oddities else []
+    if len(tables) <= 1:
+        return (whole,)
+    # Nothing else tells them apart, and a fault of one must not hide behind the others.
+    return tuple(replace(_parse_table(t, source), host=f"{source} table {i}") for i, t in enumerate(tables, 1))
+
+
+def _split(lines: list[str]) -> list[list[str]]:
+    """Lines of each table. A header begins another one where it repeats a row; pagers print it once more between."""
+    starts = [i for i, line in enumerate(lines) if _find_header([line]) is not None]
+    labels = [found[0] if (found := _row_start(line)) is not None else "" for line in lines]
+    cuts = [0]
+    for start, end in pairwise([*starts, len(lines)]):
+        above = set(filter(None, labels[cuts[-1] : start]))
+        if not above.isdisjoint(labels[start:end]):
+            cuts.append(start)
+    return [lines[a:b] for a, b in pairwise([*cuts, len(lines)])]
+
+
+def _parse_table(lines: list[str], source: str) -> Machine:
+    text = "\n".join(lines)
     header = _find_header(lines)
     repeated = _find_rows(lines, header)
     rows = list({row.label: row for row in repeated}.values())

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from wsync.topo.model import Gpu, Machine, NcclChannels, NcclEdge, NcclPath, NcclView, Nic
-from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, bus_id_of_number
+from wsync.topo.parse.text import MAX_DEVICES, MAX_LINE_CHARS, bus_id_of_number, possible_rate
 
 _INFO = re.compile(r"^(?:(?P<host>[\w.\-]+):\d+:\d+ )?.*?NCCL (?:INFO|WARN) (?P<rest>.*)$")
 _EDGE = re.compile(r"(?P<indent>\s*)\+ (?P<kind>[A-Z0-9]{2,5})\[(?P<rate>\d+(?:\.\d+)?)\] - (?P<node>[A-Z]{3}/[\w-]+)")
@@ -19,6 +19,7 @@ _PATHS = re.compile(r"((?:GPU|NET)/[\w-]+) :(.*)$")
 _PATH = re.compile(r"([A-Z]{3}/[\w-]+) \((\d+)/(\d+(?:\.\d+)?)/([A-Z0-9]{2,4})\)")
 _CHANNELS = re.compile(r"(\d{1,4}) coll channels,.*?(\d{1,4}) nvls channels")
 _DRAWN = re.compile(r"NCCL INFO (?:\s*\+ [A-Z]{2,5}\[|CPU/|GPU/[\w-]+ :)")
+_GPUDIRECT_OFF = re.compile(r"NET/IB : GPU Direct RDMA Disabled for HCA \d+ '([^'\s]{1,64})'")
 _NO_P2P = "P2P is disabled between NVLINK connected GPUs"
 
 
@@ -38,6 +39,7 @@ def parse_nccl_log(text: str, source: str) -> Machine:
     paths: dict[NcclPath, None] = {}
     channels: list[NcclChannels] = []
     warnings: dict[str, None] = {}
+    gpudirect_off: dict[str, None] = {}
     stack: list[tuple[int, str]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > MAX_LINE_CHARS:
@@ -51,13 +53,15 @@ def parse_nccl_log(text: str, source: str) -> Machine:
             warnings[_NO_P2P] = None
         if info is None:
             continue
+        if (disabled := _GPUDIRECT_OFF.search(rest)) is not None and len(gpudirect_off) < MAX_DEVICES:
+            gpudirect_off[disabled[1]] = None
         edge = _read_edge(rest, stack)
         if edge is not None:
             edges[edge] = None
         table = _PATHS.match(rest)
         if table:
             paths.update(dict.fromkeys(_read_paths(table[1], table[2])))
-    view = NcclView(tuple(edges), tuple(paths), tuple(channels), (), tuple(warnings))
+    view = NcclView(tuple(edges), tuple(paths), tuple(channels), (), tuple(warnings), tuple(gpudirect_off))
     return Machine(gpus=tuple(_gpus(view)), nics=tuple(_nics(view)), nccl=view, sources=(source,))
 
 
@@ -109,4 +113,4 @@ def _nics(view: NcclView) -> Iterator[Nic]:
     rates = {e.child: e.rate_gbps for e in view.edges if e.kind == "NET"}
     for name in _names(view, "NET"):
         rate = rates.get(f"NET/{name}")
-        yield Nic(f"NET/{name}", rate_gbit=rate * 8 if rate else None)
+        yield Nic(f"NET/{name}", rate_gbit=possible_rate(rate * 8) if rate else None)

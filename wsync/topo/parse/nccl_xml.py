@@ -13,7 +13,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from wsync.topo.model import Gpu, Machine, Nic, NumaNode, NvPeer, Oddity, PciDevice, Pcie
-from wsync.topo.parse.text import MAX_DEVICES, bus_id, speed_gtps
+from wsync.topo.parse.text import MAX_DEVICES, bus_id, possible_rate, speed_gtps
 from wsync.topo.parse.tree_paths import tree_paths
 from wsync.topo.parse.xml_tree import Node
 
@@ -202,7 +202,7 @@ def _read_nic(node: Node, host: _Host, slot: _Slot) -> None:
         host.nics.append(
             replace(
                 _nic(net.get("name") or f"net{net.get('dev')}", slot),
-                rate_gbit=speed / 1000 if speed is not None and speed > 0 else None,
+                rate_gbit=possible_rate(speed / 1000) if speed is not None and abs(speed) < 1e12 else None,
                 port=net.number("port"),
                 gdr=None if gdr is None else gdr != 0,
             )

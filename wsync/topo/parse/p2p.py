@@ -19,19 +19,22 @@ def looks_like_p2p(text: str) -> bool:
 
 
 def parse_p2p(text: str, source: str) -> Machine:
-    """Read one table. Which capability it shows is not printed: a name such as ``host.p2p_n.txt`` says it."""
+    """Read one table. Which capability it shows is not printed: a name such as ``host.p2p_n.txt`` says it.
+
+    Of several tables (of hosts, or of capabilities) every cell counts, so that none hides what another refuses.
+    """
     columns: list[int] = []
-    rows: dict[int, list[str]] = {}
+    rows: dict[int, list[list[str]]] = {}
     for line in text.splitlines():
         if len(line) > MAX_LINE_CHARS:
             continue
         found = _ROW.match(line)
         if found is not None:
-            rows[int(found[1])] = _CELLS.findall(found[2])
+            rows.setdefault(int(found[1]), []).append(_CELLS.findall(found[2]))
         elif not columns and _HEADER.match(line):
             columns = [int(n) for n in re.findall(r"GPU(\d{1,4})", line)]
     if not columns:
-        columns = list(range(max((len(cells) for cells in rows.values()), default=0)))
+        columns = list(range(max((len(cells) for some in rows.values() for cells in some), default=0)))
     hint = re.search(r"p2p[ _.-]*([rwnap])(?![a-z])", source.lower())
     capability = hint[1] if hint else ""
     gaps = []
@@ -39,15 +42,21 @@ def parse_p2p(text: str, source: str) -> Machine:
     if absent:
         gaps.append(f"the rows of GPUs {numbers(absent)} ({len(absent)} of {len(columns)})")
     gaps += [
-        f"cells of row GPU{i} ({len(r)} of {len(columns)} are there)" for i, r in rows.items() if len(r) < len(columns)
+        f"cells of row GPU{i} ({len(cells)} of {len(columns)} are there)"
+        for i, some in rows.items()
+        for cells in some
+        if len(cells) < len(columns)
     ]
     return Machine(
         gpus=tuple(Gpu(i, shown=i in rows) for i in columns),
         p2p=tuple(
-            P2p(a, b, status, capability)
-            for a, cells in rows.items()
-            for b, status in zip(columns, cells, strict=False)
-            if status != "X"
+            dict.fromkeys(
+                P2p(a, b, status, capability)
+                for a, some in rows.items()
+                for cells in some
+                for b, status in zip(columns, cells, strict=False)
+                if status != "X"
+            )
         ),
         gaps=tuple(Gap(what, source) for what in gaps),
         sources=(source,),

@@ -7,17 +7,17 @@ from typing import Any
 import msgspec
 
 from wsync.errors import ConfigError, FormatVersionError
+from wsync.spec.json_text import encode_json
 from wsync.topo.model import FORMAT_VERSION, Gpu, Machine, Nic, PciDevice, Pcie, Topology
-from wsync.topo.parse.text import MAX_DEVICES, bus_id, speed_gtps
+from wsync.topo.parse.text import MAX_DEVICES, MAX_RATE, bus_id, speed_gtps
 
 MAX_INDEX = 9999
 """Four digits, as the parsers of text read them."""
-MAX_RATE = 1e6
 
 
 def encode_topology(topology: Topology) -> bytes:
     """Indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(topology), indent=2) + b"\n"
+    return encode_json(topology)
 
 
 def decode_topology(text: str, source: str) -> tuple[Machine, ...]:

@@ -12,6 +12,10 @@ MAX_INPUT_BYTES = 16 << 20
 MAX_LINE_CHARS = 1 << 16
 MAX_WORDS_CHARS = 4096
 """Of a line of names and values; longer ones are none, and would keep patterns busy."""
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+"""First bytes of a text that PowerShell wrote."""
+MAX_RATE = 1e6
+"""Of a port or link, in any unit that is used here."""
 MAX_DEVICES = 4096
 """Of one kind in one input; a larger index is damage, not a machine."""
 
@@ -30,7 +34,7 @@ def decode(data: bytes, name: str) -> str:
         raise ConfigError(
             f"{name} has {len(data)} bytes, allowed are {MAX_INPUT_BYTES}", hint="cut out the part of one machine"
         )
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if data[:2] in UTF16_MARKS:
         return clean(data.decode("utf-16", "replace"))
     return clean(data.decode("utf-8-sig", "replace"))
 
@@ -88,6 +92,17 @@ def numbers(items: Iterable[int], limit: int = 8) -> str:
             runs.append([i, i])
     shown = [f"{a}" if a == b else f"{a}-{b}" for a, b in runs]
     return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")
+
+
+def gbit(text: str | None) -> float | None:
+    """Gbit/s of ``200 Gb/sec (4X HDR)``; None where none stands there, or one that no port has."""
+    found = re.match(r"\d{1,9}(?:\.\d{1,9})?", text or "")
+    return possible_rate(float(found[0])) if found else None
+
+
+def possible_rate(rate: float) -> float | None:
+    """The rate, unless no link has it; 0 is none."""
+    return rate if 0 < rate <= MAX_RATE else None
 
 
 def speed_gtps(text: str | None) -> float | None:

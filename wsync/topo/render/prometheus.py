@@ -1,15 +1,19 @@
 """Metrics for node_exporter's textfile collector.
 
+A label's value may be any UTF-8, with backslash, quote and line feed escaped; readers disagree on what else they take
+(Prometheus ends at a NUL, some split lines at a carriage return), so that other control characters are replaced.
+
 Source: Prometheus documentation, "Exposition formats", text format 0.0.4; node_exporter README, "Textfile Collector".
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
 from wsync.topo.findings import Verdict
-from wsync.topo.render.summary import count_findings, host_names
+from wsync.topo.render.summary import count_findings, distinct, host_names
 from wsync.topo.report import MachineReport, Report
 
 VERDICT_VALUES: dict[Verdict, int] = {"OK": 0, "WARN": 1, "CRIT": 2, "UNKNOWN": 3}
@@ -26,6 +30,9 @@ METRICS: dict[str, str] = {
 }
 """Gauges and their help texts. Stable: a metric may be added, and never renamed."""
 
+LINE_ENDS = "\u2028\u2029"
+REPLACEMENT = "\ufffd"
+
 Sample = tuple[str, dict[str, str], float]
 
 
@@ -36,8 +43,9 @@ def prometheus_text(report: Report, now_s: float) -> str:
         report: the verdict.
         now_s: time of the check, in seconds since 1970; alert on its age to notice a check that no longer runs.
     """
-    samples = [s for m, name in zip(report.machines, host_names(report), strict=True) for s in _of_machine(m, name)]
-    samples += _of_findings(report)
+    hosts = distinct(_plain(name) for name in host_names(report))
+    samples = [s for m, name in zip(report.machines, hosts, strict=True) for s in _of_machine(m, name)]
+    samples += _of_findings(report, hosts)
     samples.append(("wsync_topo_last_check_timestamp_seconds", {}, now_s))
     lines = []
     for metric, help_text in METRICS.items():
@@ -57,12 +65,12 @@ def _of_machine(machine: MachineReport, name: str) -> Iterable[Sample]:
         yield "wsync_topo_findings", {**host, "severity": severity}, count
 
 
-def _of_findings(report: Report) -> Iterable[Sample]:
+def _of_findings(report: Report, hosts: list[str]) -> Iterable[Sample]:
     """Findings with equal labels are one sample: a second one would make the collector refuse the whole file."""
-    found = [(f.subject.host or "", f) for f in report.findings]
-    found += [(name, f) for m, name in zip(report.machines, host_names(report), strict=True) for f in m.findings]
+    found = [(_plain(f.subject.host or ""), f) for f in report.findings]
+    found += [(name, f) for m, name in zip(report.machines, hosts, strict=True) for f in m.findings]
     keys = Counter(
-        (name, f.id, f.severity, " ".join(f.subject.devices[:16])) for name, f in found if f.severity != "INFO"
+        (name, f.id, f.severity, _plain(" ".join(f.subject.devices[:16]))) for name, f in found if f.severity != "INFO"
     )
     for (host, finding_id, severity, devices), count in keys.items():
         labels = {"host": host, "id": finding_id, "severity": severity, "devices": devices}
@@ -72,6 +80,15 @@ def _of_findings(report: Report) -> Iterable[Sample]:
 def _labels(labels: dict[str, str]) -> str:
     parts = [f'{name}="{_escape(value)}"' for name, value in labels.items()]
     return "{" + ",".join(parts) + "}" if parts else ""
+
+
+def _plain(value: str) -> str:
+    """Without what a reader may stumble over: control characters but the line feed, which is escaped; surrogates."""
+    return "".join(REPLACEMENT if _is_refused(c) else c for c in value)
+
+
+def _is_refused(char: str) -> bool:
+    return char != "\n" and (unicodedata.category(char) in ("Cc", "Cs") or char in LINE_ENDS)
 
 
 def _escape(value: str) -> str:

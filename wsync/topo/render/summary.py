@@ -17,13 +17,23 @@ def host_names(report: Report) -> list[str]:
     hosts = [m.host for m in report.machines]
     if hosts == [None]:
         return [""]
-    names = [host or f"machine {i}" for i, host in enumerate(hosts, 1)]
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        if seen[name] > 1:
-            names[i] = f"{name} #{seen[name]}"
-    return names
+    return distinct(host or f"machine {i}" for i, host in enumerate(hosts, 1))
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names of which no two are equal: the second ``a`` becomes ``a #2``, unless another one is called so."""
+    found = list(names)
+    used = set(found)
+    first: set[str] = set()
+    for i, name in enumerate(found):
+        number = 2
+        while found[i] in first:
+            if f"{name} #{number}" not in used:
+                found[i] = f"{name} #{number}"
+            number += 1
+        first.add(found[i])
+        used.add(found[i])
+    return found
 
 
 def count_findings(findings: list[Finding] | tuple[Finding, ...]) -> dict[Severity, int]:
