@@ -11,6 +11,8 @@ import pytest
 from test_topo_bandwidth import nccl_tests
 
 from wsync.cli.main import main
+from wsync.errors import ConfigError
+from wsync.topo import files
 from wsync.topo.files import read_regular
 from wsync.topo.golden import make_golden, save_golden
 from wsync.topo.model import Gpu, Machine, Path, Topology
@@ -111,6 +113,35 @@ def test_no_command_waits_for_a_named_pipe(words, tmp_path, capsys, deadline):
     assert main(["topo", *(str(places.get(word, word)) for word in words.split())]) == 3
     both = capsys.readouterr()
     assert "is no regular file" in both.out + both.err or words == "check FOLDER"
+
+
+def shell_pipe(data):
+    """What a shell makes of ``<(command)``: the number of an open pipe, and its other end."""
+    reads, writes = os.pipe()
+    os.write(writes, data)
+    return f"/dev/fd/{reads}", reads, writes
+
+
+def test_what_a_shell_pipes_in_under_a_name_is_read_to_its_end(capsys):
+    text = m.topo_m(m.h100()).encode()
+    path, reads, writes = shell_pipe(text)
+    os.close(writes)
+    assert main(["topo", "check", path]) == 0
+    assert "8 GPUs" in capsys.readouterr().out
+    os.close(reads)
+    path, reads, writes = shell_pipe(b"abcdef")
+    os.close(writes)
+    assert read_regular(path, 4) == b"abcd"
+    os.close(reads)
+
+
+def test_a_command_that_never_ends_is_not_waited_for(monkeypatch, deadline):
+    monkeypatch.setattr(files, "_PIPE_S", 0.2)
+    path, reads, writes = shell_pipe(b"abc")
+    with pytest.raises(ConfigError, match=r"was not written to its end within 0\.2 s"):
+        read_regular(path)
+    os.close(reads)
+    os.close(writes)
 
 
 def test_a_regular_file_that_the_kernel_makes_up_is_read():

@@ -14,8 +14,8 @@ _MIN_BYTES = 256 << 10
 _MAX_BYTES = 64 << 20
 """On one island, where nothing but the ranks themselves is slow and each message counts."""
 _MAX_BYTES_BETWEEN = 8 << 20
-"""Between islands: as long as the NICs and not the ranks are busiest, the time model charges little for messages (a rank
-reaches several NICs and waits for them), while every byte of a bucket delays the pipeline and is shared among NICs as a
+"""Between islands: while the NICs and not the ranks are busiest, the time model charges little for messages (a rank
+reaches several NICs and waits for them), and every byte of a bucket delays the pipeline and is shared among NICs as a
 whole. The cap is where the presets' simulated scores were best; a network that is slow per message may want more."""
 _MIN_BUCKETS = 4
 """That each trainer rank has at least for an engine rank, so that most are full."""
