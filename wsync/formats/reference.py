@@ -73,7 +73,7 @@ def group_amax_of(weight: Tensor, amax: Tensor | float | None) -> Tensor:
     own = matrix_amax(weight)
     if amax is None:
         return own
-    given = torch.as_tensor(amax, dtype=torch.float32)
+    given = torch.as_tensor(amax, dtype=torch.float32, device=own.device)
     if given.dim() and given.shape != own.shape:
         raise RecipeError(f"the amax of a scale group has the shape {tuple(own.shape)}, but it is {tuple(given.shape)}")
     given = given.expand(own.shape).contiguous()
