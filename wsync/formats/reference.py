@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ def check_weight(weight: Tensor, recipe: str) -> None:
 
 def nonfinite_error(index: tuple[int, ...], value: float, recipe: str) -> NonFiniteError:
     """The error for a weight whose element ``index`` is ``value``."""
-    return NonFiniteError(f"recipe {recipe!r} takes finite weights, but element {index} is {value}")
+    rounds = ", which bf16 has no finite value for" if math.isfinite(value) else ""
+    return NonFiniteError(f"recipe {recipe!r} takes finite weights, but element {index} is {value}{rounds}")
 
 
 def first_nonfinite(weight: Tensor) -> tuple[int, ...] | None:
