@@ -47,6 +47,11 @@ Program scales(const py::array& array) {
   return cuda::scales_program(descs, n);
 }
 
+Program digest(uint64_t address, uint64_t num_bytes, uint64_t first_word) {
+  if (address == 0 && num_bytes != 0) throw Error("ConfigError", "address is null");
+  return cuda::digest_program(address, num_bytes, first_word);
+}
+
 py::array_t<uint8_t> bytes_of(const Program& program) {
   return py::array_t<uint8_t>(static_cast<py::ssize_t>(program.bytes.size()), program.bytes.data());
 }
@@ -75,7 +80,7 @@ void check_address(const char* name, uint64_t address, bool required) {
 
 void run(const Program& program, uint64_t bytes, uint64_t base, uint64_t result, uint64_t stream) {
   check_address("the program on the device", bytes, !program.launches.empty());
-  check_address("the base of the bucket", base, false);
+  check_address("the base of the bucket", base, program.needs_base);
   check_address("the result", result, true);
   const auto reset = reinterpret_cast<WsyncCudaResetFn>(cuda_function("wsync_cuda_reset"));
   const auto run_fn = reinterpret_cast<WsyncCudaRunFn>(cuda_function("wsync_cuda_run"));
@@ -105,7 +110,7 @@ void register_cuda_programs(py::module_& m) {
         [](const py::array& a) { return compile<UnpackDesc>(cuda::installed_program, a, "UNPACK_DESC"); });
   m.def("cuda_transform",
         [](const py::array& a) { return compile<TransformDesc>(cuda::transform_program, a, "TRANSFORM_DESC"); });
-  m.def("cuda_digest", &cuda::digest_program, arg("address"), arg("nbytes"), arg("first_word"));
+  m.def("cuda_digest", &digest, arg("address"), arg("nbytes"), arg("first_word"));
 }
 
 }  // namespace wsync

@@ -139,9 +139,11 @@ WSYNC_HD uint8_t scale_mxfp8(float amax) {
   if (exponent == 0) return bits > 0x400000u ? 1 : 0;
   return static_cast<uint8_t>(exponent + ((bits & 0x7fffffu) != 0));
 }
-// The reciprocal of an E8M0 byte's power of two, and the power itself; exact.
+// The reciprocal of an E8M0 byte's power of two, and the power itself; exact. The power of 0xff is NaN.
 WSYNC_HD float reciprocal_e8m0(uint8_t e) { return f32_of(e == 254u ? 0x400000u : (254u - e) << 23); }
-WSYNC_HD float f32_of_e8m0(uint8_t e) { return f32_of(e == 0u ? 0x400000u : static_cast<uint32_t>(e) << 23); }
+WSYNC_HD float f32_of_e8m0(uint8_t e) {
+  return f32_of(static_cast<uint32_t>(e) << 23 | (e == 0u || e == 255u ? 0x400000u : 0u));
+}
 
 // Recipe nvfp4. Source: ModelOpt NVFP4QTensor.get_weights_scaling_factor_2 and get_weights_scaling_factor.
 // `weight_scale_2` of a tensor without a value to scale by is 1, where ModelOpt divides by zero.

@@ -74,10 +74,11 @@ std::vector<Place> checked_places(const uint8_t* code, const Header& header) {
     std::memcpy(&e, code + sizeof(Header) + i * sizeof(Entry), sizeof(e));
     const std::string which = "stripe " + text(i);
     if (e.kind > kStripeBytes || e.zero != 0) malformed(which + " is of kind " + text(e.kind));
-    if (e.span == 0 || e.span % kStripeAlign != 0 || e.span > header.used_bytes - at) {
+    if (e.span == 0 || e.span % kStripeAlign != 0 || e.span > kMaxStripeBytes || e.span > header.used_bytes - at) {
       malformed(which + " spans " + text(e.span) + " bytes from byte " + text(at));
     }
     const bool fits = e.kind == kStripeSame ? e.size == 0 : e.kind == kStripeRaw ? e.size == e.span : e.size < e.span;
+    if (e.kind <= kStripeRaw && e.top != 0) malformed(which + " has no code, but a top of " + text(e.top));
     if (!fits || e.size > header.num_bytes - code_at) malformed(which + " has a code of " + text(e.size) + " bytes");
     places[i] = {e, at, code_at};
     at += e.span;

@@ -125,7 +125,12 @@ struct V {
   static inline I word_keys() {
     return _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), set64(kDigestKey));
   }
-  static inline uint64_t sum64(I v) { return static_cast<uint64_t>(_mm512_reduce_add_epi64(v)); }
+  // Not _mm512_reduce_add_epi64, which adds signed numbers that may overflow.
+  static inline uint64_t sum64(I v) {
+    const __m256i fours = _mm256_add_epi64(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i twos = _mm_add_epi64(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    return static_cast<uint64_t>(_mm_extract_epi64(twos, 0)) + static_cast<uint64_t>(_mm_extract_epi64(twos, 1));
+  }
   static inline __m256i fold_max_u16(I v) {
     return _mm256_max_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   }

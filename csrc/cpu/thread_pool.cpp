@@ -9,6 +9,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "core/float_mode.h"
@@ -38,7 +39,7 @@ class Pool {
   void run(Job* job) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; num_workers_ < job->max_helpers; ++num_workers_) std::thread([this] { worker(); }).detach();
+      grow(job->max_helpers);
       jobs_.push_back(job);
     }
     wake_.notify_all();
@@ -49,6 +50,14 @@ class Pool {
   }
 
  private:
+  // Up to `wanted` workers. Where the process may have no more threads, those that there are do the work.
+  void grow(int wanted) {
+    try {
+      for (; num_workers_ < wanted; ++num_workers_) std::thread([this] { worker(); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
   Job* open_job() {
     for (Job* job : jobs_) {
       if (job->num_helpers < job->max_helpers && job->next.load(std::memory_order_relaxed) < job->num_units) return job;

@@ -31,8 +31,8 @@ void gather_tile(T* out, uint64_t src, int64_t row_stride, int64_t col_stride, i
 }
 
 template <typename T>
-Values buffered(const T* tile) {
-  return {reinterpret_cast<const uint8_t*>(tile), kTileCols * static_cast<int64_t>(sizeof(T))};
+Values rows_of(const T* first, int64_t row_stride) {
+  return {reinterpret_cast<const uint8_t*>(first), row_stride * static_cast<int64_t>(sizeof(T))};
 }
 
 }  // namespace
@@ -99,16 +99,20 @@ Values values_of(const Matrix& m, const Region& region, const Kernels& k, uint32
     uint32_t largest = 0;
     k.load_f32_round(tile, src, stride, static_cast<int>(region.rows), cols, &largest);
     *max_bits = std::max(*max_bits, largest);
-    return buffered(tile);
+    return rows_of(tile, kTileCols);
   }
   if (m.src_dtype == kSrcF16) {
     const auto* src = contiguous_rows<uint16_t>(m, region, &stride);
     float* tile = scratch<float, Use::kTile>();
     convert_f16(tile, src, stride, region.rows, region.cols);
-    return buffered(tile);
+    return rows_of(tile, kTileCols);
   }
-  if (m.src_dtype == kSrcBf16) return buffered(contiguous_rows<uint16_t>(m, region, &stride));
-  return buffered(contiguous_rows<float>(m, region, &stride));
+  if (m.src_dtype == kSrcBf16) {
+    const auto* src = contiguous_rows<uint16_t>(m, region, &stride);
+    return rows_of(src, stride);
+  }
+  const auto* src = contiguous_rows<float>(m, region, &stride);
+  return rows_of(src, stride);
 }
 
 bool is_nonfinite(uint64_t address, int32_t src_dtype) {

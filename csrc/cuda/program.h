@@ -17,6 +17,7 @@ namespace cuda {
 struct Program {
   std::vector<uint8_t> bytes;  // records and units, to be copied to the device; aligned to 16 bytes
   std::vector<WsyncCudaLaunch> launches;
+  bool needs_base = false;  // whether a launch writes to a bucket, or reads one
 };
 
 // Each throws Error("ConfigError") for a descriptor that the kernels cannot run: elements that are not aligned to their

@@ -70,9 +70,12 @@ bool add_elements(const PackDesc& d, uint32_t idx, Builder* builder) {
   return true;
 }
 
-// Whether rows are made of vectors of 16 elements on 16-byte addresses.
+// Whether rows are made of vectors of 16 elements on 16-byte addresses. In fp8_channel a window that begins before the
+// end of a row may count columns beyond it, in 31 bits.
 bool has_vectors(const PackDesc& d) {
+  constexpr int64_t kMostWindowed = kMaxIndex - kWarps * kTeamCols;
   const int64_t group = d.op == kOpNvfp4 ? 2 * kVectorElems : kVectorElems;
+  if (d.op == kOpFp8Channel && d.extent[3] > kMostWindowed) return false;
   return (d.src_stride[3] == 1) && d.extent[3] % group == 0 && is_vector(d.src) &&
          (d.extent[2] == 1 || is_vector(d.src_stride[2] * d.elem_bytes)) && is_vector(d.dst_offset) &&
          (!in_blocks(d.op) || d.col_phase % kVectorElems == 0);
@@ -181,7 +184,9 @@ Program pack_program(const PackDesc* descs, size_t num_descs) {
   check_count(kName, num_descs);
   Builder builder;
   for (size_t i = 0; i < num_descs; ++i) add(descs[i], i, &builder);
-  return builder.build();
+  Program program = builder.build();
+  program.needs_base = !program.launches.empty();
+  return program;
 }
 
 }  // namespace cuda

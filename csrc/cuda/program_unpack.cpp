@@ -80,7 +80,12 @@ UnpackDesc bytes_desc(uint64_t address, uint64_t num_bytes, uint64_t first_word)
 
 }  // namespace
 
-Program unpack_program(const UnpackDesc* descs, size_t num_descs) { return program_of(descs, num_descs, false); }
+Program unpack_program(const UnpackDesc* descs, size_t num_descs) {
+  Program program = program_of(descs, num_descs, false);
+  program.needs_base = std::any_of(
+      descs, descs + num_descs, [](const UnpackDesc& d) { return d.op != kUnpackFill && num_elements(d.extent) != 0; });
+  return program;
+}
 
 Program installed_program(const UnpackDesc* descs, size_t num_descs) { return program_of(descs, num_descs, true); }
 

@@ -98,6 +98,12 @@ def test_longer_rows_have_more_warps(cols, rows_of_a_unit):
     assert list(units["n"]) == [rows_of_a_unit] * (16 // rows_of_a_unit)
 
 
+def test_rows_that_a_window_would_count_beyond_31_bits_take_no_window():
+    longest = 2**31 - 1 - 8 * 2048
+    for cols, kernels in (((longest // 16) * 16, [CHANNEL]), ((longest // 16 + 1) * 16, [CELLS, WORDS])):
+        assert kernels_of(_C.cuda_pack(pack_desc(OP_FP8_CHANNEL, rows=1, cols=cols))) == kernels
+
+
 def test_units_cover_every_vector_once():
     units = units_of(_C.cuda_pack(pack_desc(OP_MXFP8, rows=1000, cols=1024)))
     ends = units["x"].astype(np.int64) + units["n"]
@@ -188,10 +194,20 @@ def test_empty_boxes_and_no_descriptors_launch_nothing():
     assert _C.cuda_pack(pack_desc(rows=0)).launches == []
 
 
+def test_a_bucket_or_bytes_at_null_are_refused_before_anything_is_started():
+    for program in (_C.cuda_pack(pack_desc()), _C.cuda_unpack(unpack_desc())):
+        with pytest.raises(ConfigError, match="the base of the bucket is null"):
+            program.run(16, 0, 16, 0)
+    with pytest.raises(ConfigError, match="address is null"):
+        _C.cuda_digest(0, 8, 0)
+    assert _C.cuda_digest(0, 0, 0).launches == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_without_a_gpu_is_an_error_that_says_so():
     program = _C.cuda_pack(pack_desc())
     with pytest.raises(ConfigError, match="not a multiple of 16"):
         program.run(8, 0, 16, 0)
-    with pytest.raises(WsyncError, match=r"failed on the GPU|cannot be opened|has no CUDA library"):
-        program.run(16, 0, 16, 0)
+    for ready in (program, _C.cuda_unpack(unpack_desc(op=UNPACK_FILL))):  # a fill needs no bucket
+        with pytest.raises(WsyncError, match=r"failed on the GPU|cannot be opened|has no CUDA library"):
+            ready.run(16, 0 if ready is not program else 16, 16, 0)

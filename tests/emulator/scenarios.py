@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cases import Case, Outcome
+from cases import Case
 from kernel_boxes import amax_desc, code_bytes, matrix_of, pack_desc, unpack_desc
+from scenario import Scenario, aligned, at_aligned, bytes_of, finish, name_of, span_of
 from torch import Tensor
 
 from wsync import kernels
@@ -31,91 +31,6 @@ RECIPES = {
     "nvfp4": d.OP_NVFP4,
 }
 UNCOUNTED = 2**64 - 1
-
-
-@dataclass
-class Scenario:
-    """An encoded case and the answer: a digest, the first bad element, and the bytes of every output."""
-
-    name: str
-    encoded: bytes
-    case: Case
-    digest: int
-    bad: tuple[int, int] | None
-    initial: dict[str, bytes]
-    expected: dict[str, bytes]
-
-    def mistake(self, outcome: Outcome) -> str:
-        """What is wrong with an outcome, or an empty string."""
-        if outcome.failure:
-            return f"{self.name}: {outcome.failure}"
-        if outcome.bad != self.bad:
-            return f"{self.name}: wrong bytes: first bad element {outcome.bad}, but the CPU finds {self.bad}"
-        if self.bad is not None:
-            return ""  # the bytes are unspecified
-        if outcome.digest != self.digest:
-            return f"{self.name}: wrong bytes: digest {outcome.digest:#x}, but the CPU has {self.digest:#x}"
-        for name, want in self.expected.items():
-            if outcome.contents[name] != want:
-                got = np.frombuffer(outcome.contents[name], np.uint8)
-                at = int(np.flatnonzero(got != np.frombuffer(want, np.uint8))[0])
-                return f"{self.name}: wrong bytes: byte {at} of {name!r} is {got[at]:#x}, but the CPU has {want[at]:#x}"
-        return ""
-
-
-def storage_of(tensor: Tensor) -> np.ndarray:
-    """The whole storage of a tensor as bytes, at its own address."""
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    return whole.numpy()
-
-
-def aligned(numel: int, dtype: torch.dtype, fill: float = 0) -> Tensor:
-    """A tensor that begins on a multiple of 256 bytes, as memory of a device does."""
-    raw = torch.empty(numel + 256 // dtype.itemsize + 1, dtype=dtype)
-    start = -raw.data_ptr() % 256 // dtype.itemsize
-    return (
-        torch.from_numpy(raw.view(torch.uint8).numpy()[start * dtype.itemsize :][: numel * dtype.itemsize])
-        .view(dtype)
-        .fill_(fill)
-    )
-
-
-def at_aligned(tensor: Tensor) -> Tensor:
-    """The same values and strides in storage that begins on a multiple of 256 bytes."""
-    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return (
-        aligned(whole.numel(), tensor.dtype)
-        .copy_(whole)
-        .as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    )
-
-
-def bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor as bytes, at its own address."""
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
-def span_of(tensor: Tensor) -> np.ndarray:
-    """The memory from a strided tensor's first element to its last: what a kernel may read, and not a byte more."""
-    numel = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return bytes_of(tensor.as_strided((numel,), (1,)))
-
-
-def _finish(name: str, case: Case, run: object) -> Scenario:
-    encoded, initial = case.encode(), {n: a.tobytes() for n, a in case.outputs.items()}
-    answer = run() if callable(run) else run
-    digest, bad = 0, None
-    if case.call in ("unpack", "installed", "digest"):
-        digest = int(answer)
-    elif case.call == "pack":
-        digest, bad = answer
-    elif case.call in ("amax", "transform"):
-        bad = answer
-    return Scenario(name, encoded, case, digest, bad, initial, {n: a.tobytes() for n, a in case.outputs.items()})
-
-
-def _name(*parts: object) -> str:
-    return " ".join(str(p) for p in parts)
 
 
 def scale_table(op: int, rows: int, cols: int, phase: tuple[int, int], values: np.random.Generator) -> Tensor | None:
@@ -170,8 +85,8 @@ def pack_scenario(op: int, boxes: list[tuple[Tensor, int]], seed: int, phase: tu
     outputs["bucket"] = bytes_of(bucket)
     table_of = np.concatenate(descs)
     case = Case("pack", table_of, inputs, outputs, bucket.data_ptr())
-    name = _name("pack op", op, [(tuple(b.shape), tuple(b.stride()), s) for b, s in boxes], phase, "seed", seed)
-    return _finish(name, case, lambda: kernels.pack(table_of, bucket.data_ptr(), 1))
+    name = name_of("pack op", op, [(tuple(b.shape), tuple(b.stride()), s) for b, s in boxes], phase, "seed", seed)
+    return finish(name, case, lambda: kernels.pack(table_of, bucket.data_ptr(), 1))
 
 
 PACK_OPS = (
@@ -278,12 +193,12 @@ def amax_scenarios(seed: int) -> Iterator[Scenario]:
                 parts.append(amax_desc(top, cells, cells, phase, op, src))
             descs = np.concatenate(parts)
             case = Case("amax", descs, {"source": span_of(box)}, {"cells": bytes_of(cells)})
-            yield _finish(_name("amax op", op, shape, src, "seed", seed), case, lambda d=descs: kernels.amax(d, 1))
+            yield finish(name_of("amax op", op, shape, src, "seed", seed), case, lambda d=descs: kernels.amax(d, 1))
             scales = aligned(shape[0] * 40, torch.float32, -1.0).view(-1, 40)
             descs = amax_desc(box, cells, scales, phase, op, src)
             case = Case("scales", descs, {"cells": bytes_of(cells)}, {"scales": bytes_of(scales)})
-            yield _finish(
-                _name("scales op", op, shape, "seed", seed), case, lambda d=descs: kernels.scales_from_amax(d)
+            yield finish(
+                name_of("scales op", op, shape, "seed", seed), case, lambda d=descs: kernels.scales_from_amax(d)
             )
 
 
@@ -312,12 +227,12 @@ def unpack_scenarios(seed: int) -> Iterator[Scenario]:
         descs = np.concatenate(pieces)
         outputs = {n: span_of(t) for n, t in targets.items()}
         inputs = {"bucket": bytes_of(wire)}
-        name = _name("unpack", elem_bytes, shape, "seed", seed)
+        name = name_of("unpack", elem_bytes, shape, "seed", seed)
         base = wire.data_ptr()
-        yield _finish(
+        yield finish(
             name, Case("unpack", descs, inputs, outputs, base), lambda a=descs, b=base: kernels.unpack(a, b, 1)
         )
-        yield _finish(
+        yield finish(
             f"installed {name}",
             Case("installed", descs, dict(outputs), {}),
             lambda a=descs: kernels.installed_digest(a, 1),
@@ -327,7 +242,7 @@ def unpack_scenarios(seed: int) -> Iterator[Scenario]:
     exponents = aligned(77, torch.uint8, 1).view(7, 11)
     descs = unpack_desc(exponents, src_stride=(11, 1), op=d.UNPACK_EXPONENT, wire_word=1)
     case = Case("unpack", descs, {"bucket": bytes_of(powers)}, {"exponents": bytes_of(exponents)}, powers.data_ptr())
-    yield _finish(_name("exponents seed", seed), case, lambda: kernels.unpack(descs, powers.data_ptr(), 1))
+    yield finish(name_of("exponents seed", seed), case, lambda: kernels.unpack(descs, powers.data_ptr(), 1))
 
 
 def digest_scenarios(seed: int) -> Iterator[Scenario]:
@@ -338,7 +253,9 @@ def digest_scenarios(seed: int) -> Iterator[Scenario]:
         data.copy_(torch.from_numpy(rng.integers(0, 256, nbytes, dtype=np.uint8)))
         values = np.array([data.data_ptr(), nbytes, 12345], np.uint64)
         case = Case("digest", values, {"data": bytes_of(data)}, {})
-        yield _finish(_name("digest", nbytes), case, lambda a=data, n=nbytes: kernels.digest(a.data_ptr(), n, 12345, 1))
+        yield finish(
+            name_of("digest", nbytes), case, lambda a=data, n=nbytes: kernels.digest(a.data_ptr(), n, 12345, 1)
+        )
 
 
 def _transform_desc(op: int, recipe: str, parts: list[Tensor], dst: Tensor, dtype: int) -> np.ndarray:
@@ -359,31 +276,50 @@ def transform_scenarios(seed: int) -> Iterator[Scenario]:
         rows, cols = ((130, 160), (9, 2080), (7, 96), (140, 288))[(seed + k) % 4]
         weight = matrix_of(rng, (rows, cols), "normal", "rows", torch.bfloat16)
         parts = [at_aligned(p.contiguous()) for p in quantize_reference(weight, recipe).values()]
+        if recipe == "mxfp8":
+            parts[1][0, 0], parts[1][-1, -1] = 0xFF, 0  # no number, and the least power of two
         inputs = {f"part {i}": bytes_of(p) for i, p in enumerate(parts)}
         for j, (dtype, src) in enumerate(floats):
             stored = aligned(rows * cols, dtype, -3)
             dst = stored.view(cols, rows).t() if (seed + j + k) % 3 == 0 else stored.view(rows, cols)
             descs = _transform_desc(d.TRANSFORM_DEQUANTISE, recipe, parts, dst, src)
             case = Case("transform", descs, inputs, {"values": bytes_of(stored)})
-            yield _finish(
-                _name("dequantise", recipe, rows, cols, src, "seed", seed),
+            yield finish(
+                name_of("dequantise", recipe, rows, cols, src, "seed", seed),
                 case,
                 lambda a=descs: kernels.transform(a, 1),
             )
-    for cols, bad in ((160, False), (131, False), (160, True)):
+    for phase in ((3, 16), (127, 40)):  # parts of matrices: with vectors, and without
+        weight = matrix_of(rng, (300, 400), "normal", "rows", torch.bfloat16)
+        codes, scales = (at_aligned(p.contiguous()) for p in quantize_reference(weight, "fp8_block128_f32").values())
+        values = aligned(140 * 272, torch.float32, -3).view(140, 272)
+        part = codes[phase[0] :, phase[1] :]
+        descs = _transform_desc(d.TRANSFORM_DEQUANTISE, "fp8_block128_f32", [part, scales], values, d.SRC_F32)
+        descs["row_phase"], descs["col_phase"] = phase
+        inputs = {"codes": bytes_of(codes), "scales": bytes_of(scales)}
+        case = Case("transform", descs, inputs, {"values": bytes_of(values)})
+        yield finish(name_of("dequantise a part", phase, "seed", seed), case, lambda a=descs: kernels.transform(a, 1))
+    yield from _requantise_scenarios(seed, rng)
+
+
+def _requantise_scenarios(seed: int, rng: np.random.Generator) -> Iterator[Scenario]:
+    """Into other memory, with a code that is no number, and over the codes and scales themselves."""
+    for cols, kind in ((160, "plain"), (131, "plain"), (160, "bad"), (160, "in place"), (131, "in place")):
         weight = matrix_of(rng, (140, cols), "normal", "rows", torch.bfloat16)
         codes, scales = (at_aligned(p.contiguous()) for p in quantize_reference(weight, "fp8_block128_f32").values())
-        if bad:
+        if kind == "bad":
             codes.view(torch.uint8)[130, 17] = 0x7F
         dst, dst_scales = (
             aligned(140 * cols, torch.uint8, 9).view(140, cols),
             aligned(scales.numel(), torch.float32, -1),
         )
+        inputs = {"codes": bytes_of(codes), "old scales": bytes_of(scales)}
+        if kind == "in place":
+            dst, dst_scales, inputs = codes, scales, {}
         descs = _transform_desc(d.TRANSFORM_REQUANT_E8M0, "fp8_block128_f32", [codes, scales], dst, 0)
         descs["dst_scales"], descs["dst_scale_stride"] = dst_scales.data_ptr(), scales.shape[1]
-        inputs = {"codes": bytes_of(codes), "old scales": bytes_of(scales)}
         case = Case("transform", descs, inputs, {"new codes": bytes_of(dst), "new scales": bytes_of(dst_scales)})
-        yield _finish(_name("requantise", cols, bad, "seed", seed), case, lambda a=descs: kernels.transform(a, 1))
+        yield finish(name_of("requantise", cols, kind, "seed", seed), case, lambda a=descs: kernels.transform(a, 1))
 
 
 ALL = (

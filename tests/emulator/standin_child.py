@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import scenarios
+from cases import Outcome
 
 from wsync.native import load_extension
 
@@ -44,7 +45,7 @@ def mistake(extension, scenario) -> str:
     digest, bad = (int(v) for v in result.view(np.uint64))
     found = None if bad == NO_BAD else (bad >> 40, bad & (2**40 - 1))
     contents = {name: array.tobytes() for name, array in case.outputs.items()}
-    return scenario.mistake(scenarios.Outcome("", digest, found, contents))
+    return scenario.mistake(Outcome("", digest, found, contents))
 
 
 def main() -> int:

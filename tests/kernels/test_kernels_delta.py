@@ -117,6 +117,39 @@ def test_a_flip_of_any_bit_of_a_code_is_refused_or_seen_in_the_digest():
     assert num_refused > 4 * len(code)
 
 
+def test_every_field_of_the_header_and_of_the_table_is_checked():
+    rng = np.random.default_rng(4)
+    words = weights(rng, 384)
+    base, fresh = words.view(np.uint8), stepped(rng, words, 0.05).view(np.uint8)
+    fresh = fresh.copy()
+    fresh[256:512] = base[256:512]  # one stripe of each kind
+    fresh[512:] = rng.integers(0, 256, 256)
+    code, _ = encode(fresh, base, kernels.delta_cuts([(256, 2), (256, 1), (256, 2)]))
+    assert [kind for _, _, kind, _, _ in reference.ENTRY.iter_unpack(code[32:68])] == [reference.WORDS, 0, 1]
+    tops = range(8 * (32 + 9), 8 * (32 + 10))  # of the coded stripe: seen in the digest
+    for bit in range(8 * (32 + 36)):
+        bad = bytearray(code)
+        bad[bit // 8] ^= 1 << (bit % 8)
+        if bit in tops:
+            continue
+        for isa in ISAS:
+            with pytest.raises(WireError):
+                apply(base, bytes(bad), isa=isa)
+        with pytest.raises(WireError):
+            reference.apply_delta(base, bytes(bad), 7, 99)
+
+
+def test_a_stripe_that_spans_more_than_the_format_allows_is_refused():
+    span = MAX_STRIPE_BYTES + 256
+    entry = reference.ENTRY.pack(span, 0, reference.SAME, 0, 0)
+    code = reference.HEADER.pack(reference.MAGIC, 1, 7, 99, span, 44) + entry
+    base = np.zeros(span, np.uint8)
+    with pytest.raises(WireError, match=rf"stripe 0 spans {span} bytes"):
+        apply(base, code)
+    with pytest.raises(WireError, match="stripe 0"):
+        reference.apply_delta(base, code, 7, 99)
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_nothing_is_written_out_of_bounds_whatever_a_code_says(data):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_boxes import raw_bytes
+from kernel_boxes import ISAS, raw_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
@@ -65,6 +65,21 @@ def test_strided_weights_are_quantized_where_they_lie(recipe):
         assert all(same_bits(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", ROUNDING)
+def test_strided_rows_that_end_anywhere_in_a_tile_are_quantized_where_they_lie(recipe, dtype, isa, monkeypatch):
+    monkeypatch.setenv("WSYNC_ISA", isa)
+    for cols in (1, 1025, 2049):
+        cols = fitting((cols,), recipe)[0]
+        stored = weight_of((cols + 3, 3), dtype)
+        stored[cols:] = float("nan")  # beyond the view: never read
+        view = stored[:cols].t()
+        expected = quantize(view.contiguous(), recipe, "reference")
+        got = quantize(view, recipe, "cpu")
+        assert all(same_bits(got[name], expected[name]) for name in expected), cols
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_parts_have_the_names_dtypes_and_shapes_that_the_recipe_declares(recipe):
     weight = weight_of((3, 130, 160), torch.bfloat16)
@@ -116,6 +131,65 @@ def test_a_non_finite_weight_is_refused_with_its_first_index(backend, recipe, va
         quantize(weight, recipe, backend)
     assert "(1, 0, 149, 139)" in str(caught.value)
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("recipe", ROUNDING)
+def test_torchs_default_dtype_and_device_change_nothing(recipe, backend):
+    weight = weight_of((3, 130, 160), torch.float32)
+    expected = quantize(weight, recipe, backend)
+    back = {d: dequantize(expected, recipe, d, backend) for d in (torch.bfloat16, torch.float64)}
+    nothing = quantize(weight[:, :0], recipe, backend)
+    usual = torch.get_default_dtype()
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                got = quantize(weight, recipe, backend)
+                decoded = {d: dequantize(got, recipe, d, backend) for d in back}
+                empty = quantize(weight[:, :0], recipe, backend)
+        finally:
+            torch.set_default_dtype(usual)
+        assert all(same_bits(got[name], expected[name]) for name in expected)
+        assert all(same_bits(decoded[d], back[d]) for d in back)
+        assert all(same_bits(empty[name], nothing[name]) for name in nothing)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_byte_of_an_e8m0_scale_is_decoded_and_the_last_one_is_no_number(isa, monkeypatch):
+    monkeypatch.setenv("WSYNC_ISA", isa)
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1).expand(256, 2).contiguous()
+    codes = torch.arange(64, dtype=torch.uint8).expand(256, 64).contiguous()  # finite ones, and zero
+    parts = {"weight": codes, "weight_scale": scales}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got, want = dequantize(parts, "mxfp8", dtype, "cpu"), dequantize(parts, "mxfp8", dtype, "reference")
+        assert torch.equal(got[:255], want[:255])
+        assert bool(got[255].isnan().all())
+        assert bool(want[255].isnan().all())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_weight_that_only_bf16_makes_infinite_is_refused_as_such(backend):
+    weight = torch.ones(4, 6)
+    weight[2, 5] = 3.4e38
+    with pytest.raises(NonFiniteError, match=r"element \(2, 5\) is 3\.39\d*e\+38, which bf16 has no finite value for"):
+        quantize(weight, "bf16", backend)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_arguments_of_another_type_are_refused_by_name():
+    weight = torch.ones(4, 64)
+    parts = quantize(weight, "fp8_channel")
+    for call, error, says in (
+        (lambda: quantize(weight, ["bf16"]), RecipeError, r"recipe \['bf16'\] is unknown"),
+        (lambda: quantize(weight, "bf16", ["cpu"]), ConfigError, r"backend \['cpu'\] is unknown"),
+        (lambda: quantize(torch.nested.nested_tensor([weight, weight[:2]]), "bf16"), DtypeMismatchError, "nested"),
+        (lambda: dequantize([weight], "bf16"), ConfigError, "but they are list"),
+        (lambda: dequantize(parts, "fp8_channel", "float32"), DtypeMismatchError, "dtype is 'float32'"),
+        (lambda: dequantize(parts, "fp8_channel", torch.int8), DtypeMismatchError, "dtype is torch.int8"),
+    ):
+        with pytest.raises(error, match=says):
+            call()
 
 
 def test_what_a_recipe_cannot_encode_is_refused_by_name():

@@ -83,7 +83,7 @@ def assert_packs_like_the_reference(box: Tensor, values: Tensor, op: int, amax: 
 @given(
     op=st.sampled_from(OPS),
     rows=st.integers(1, 90),
-    cols=st.one_of(st.integers(1, 300), st.sampled_from([1024, 1056, 1160, 2080])),
+    cols=st.one_of(st.integers(1, 300), st.sampled_from([1024, 1025, 1056, 1160, 2049, 2080])),
     layout=st.sampled_from(["rows", "columns", "steps"]),
     source=st.sampled_from(sorted(SOURCES)),
     style=st.sampled_from(["normal", "wild", "sparse"]),

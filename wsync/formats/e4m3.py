@@ -31,7 +31,7 @@ def encode_e4m3(values: Tensor) -> Tensor:
     Returns:
         A ``torch.float8_e4m3fn`` tensor of the same shape.
     """
-    table = torch.tensor(MAGNITUDES, dtype=torch.float64)
+    table = torch.tensor(MAGNITUDES, dtype=torch.float64, device=values.device)
     magnitude = values.to(torch.float64).abs().clamp(max=E4M3_MAX)
     upper = torch.searchsorted(table, magnitude).clamp(max=len(MAGNITUDES) - 1)
     lower = (upper - 1).clamp(min=0)
@@ -45,6 +45,6 @@ def encode_e4m3(values: Tensor) -> Tensor:
 def decode_e4m3(codes: Tensor) -> Tensor:
     """f32 values of a ``torch.float8_e4m3fn`` (or ``uint8``) tensor; 0x7f and 0xff are NaN."""
     raw = codes.view(torch.uint8).to(torch.int64)
-    table = torch.tensor([*MAGNITUDES, float("nan")], dtype=torch.float32)
+    table = torch.tensor([*MAGNITUDES, float("nan")], dtype=torch.float32, device=codes.device)
     magnitude = table[raw & 0x7F]
     return torch.where(raw >= 0x80, -magnitude, magnitude)

@@ -24,5 +24,6 @@ def encode_e8m0_ceil(values: Tensor) -> Tensor:
 
 def decode_e8m0(codes: Tensor) -> Tensor:
     """f32 powers of two of ``uint8`` (or ``float8_e8m0fnu``) bytes; 0xff is NaN."""
-    table = torch.tensor([2.0 ** (e - E8M0_BIAS) for e in range(255)] + [float("nan")], dtype=torch.float32)
+    powers = [2.0 ** (e - E8M0_BIAS) for e in range(255)]
+    table = torch.tensor([*powers, float("nan")], dtype=torch.float32, device=codes.device)
     return table[codes.view(torch.uint8).to(torch.int64)]

@@ -30,14 +30,15 @@ def block_amax(weight: Tensor) -> Tensor:
     """Largest magnitude of each 128 x 128 block of the last two dimensions of ``weight``, in f32."""
     *batch, rows, cols = weight.shape
     grid_rows, grid_cols = -(-rows // SCALE_BLOCK), -(-cols // SCALE_BLOCK)
-    padded = torch.zeros(*batch, grid_rows * SCALE_BLOCK, grid_cols * SCALE_BLOCK, dtype=torch.float32)
+    padded_shape = (*batch, grid_rows * SCALE_BLOCK, grid_cols * SCALE_BLOCK)
+    padded = torch.zeros(padded_shape, dtype=torch.float32, device=weight.device)
     padded[..., :rows, :cols] = weight.to(torch.float32).abs()
     return padded.view(*batch, grid_rows, SCALE_BLOCK, grid_cols, SCALE_BLOCK).amax(dim=(-3, -1))
 
 
 def scales_of_amax(amax: Tensor, power_of_two: bool) -> Tensor:
     """Scales of f32 ``amax`` by the rule of the recipe; the power of two is found in the bits, which is exact."""
-    scale = amax.to(torch.float32).clamp(min=AMAX_FLOOR) / torch.tensor(448.0, dtype=torch.float32)
+    scale = amax.to(torch.float32).clamp(min=AMAX_FLOOR) / torch.tensor(448.0, dtype=torch.float32, device=amax.device)
     if not power_of_two:
         return scale
     bits = scale.contiguous().view(torch.int32)

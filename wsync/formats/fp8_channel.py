@@ -21,7 +21,8 @@ LEAST_SCALE = 1.0 / (448.0 * 512.0)
 
 def scales_of_row_amax(amax: Tensor) -> Tensor:
     """Scales of f32 ``amax``, of the same shape."""
-    return (amax.to(torch.float32) / torch.tensor(E4M3_MAX, dtype=torch.float32)).clamp(min=LEAST_SCALE)
+    most = torch.tensor(E4M3_MAX, dtype=torch.float32, device=amax.device)
+    return (amax.to(torch.float32) / most).clamp(min=LEAST_SCALE)
 
 
 def quantize_rows_with_scales(weight: Tensor, scales: Tensor) -> Tensor:

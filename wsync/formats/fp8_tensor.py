@@ -23,7 +23,7 @@ TENSOR_AMAX_FLOOR = 1e-12
 def multiplier_of_amax(amax: Tensor) -> Tensor:
     """What values are multiplied by, for f32 ``amax``, of the same shape."""
     floored = amax.to(torch.float32).clamp(min=TENSOR_AMAX_FLOOR)
-    return (torch.ones_like(floored) / floored) * torch.tensor(E4M3_MAX, dtype=torch.float32)
+    return (torch.ones_like(floored) / floored) * torch.tensor(E4M3_MAX, dtype=torch.float32, device=amax.device)
 
 
 def quantize_tensor(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from wsync.spec.recipes import MXFP8_GROUP
 
 def scales_of_group_amax(amax: Tensor) -> Tensor:
     """E8M0 bytes of f32 ``amax``, of the same shape."""
-    return encode_e8m0_ceil(amax.to(torch.float32) / torch.tensor(E4M3_MAX, dtype=torch.float32))
+    return encode_e8m0_ceil(amax.to(torch.float32) / torch.tensor(E4M3_MAX, dtype=torch.float32, device=amax.device))
 
 
 def quantize_mxfp8(weight: Tensor) -> tuple[Tensor, Tensor]:

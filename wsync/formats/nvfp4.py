@@ -26,20 +26,20 @@ LEAST_BLOCK_SCALE = 2.0**-9
 """The least e4m3 value but zero."""
 
 
-def _f32(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+def _f32(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
 def scale_2_of_amax(amax: Tensor) -> Tensor:
     """The second level of f32 ``amax``, of the same shape."""
-    scale_2 = amax.to(torch.float32) / _f32(E2M1_MAX * E4M3_MAX)
-    return torch.where(scale_2 == 0, _f32(1.0), scale_2)
+    scale_2 = amax.to(torch.float32) / _f32(E2M1_MAX * E4M3_MAX, amax)
+    return torch.where(scale_2 == 0, _f32(1.0, amax), scale_2)
 
 
 def block_scales(amax: Tensor, scale_2: Tensor) -> Tensor:
     """e4m3 scales of f32 block ``amax [..., N, K / 16]`` under f32 ``scale_2 [...]``."""
-    scale = amax / (_f32(E2M1_MAX) * scale_2)[..., None, None]
-    scale = torch.where(scale == 0, _f32(1.0), scale)
+    scale = amax / (_f32(E2M1_MAX, amax) * scale_2)[..., None, None]
+    scale = torch.where(scale == 0, _f32(1.0, amax), scale)
     return encode_e4m3(scale.clamp(min=LEAST_BLOCK_SCALE, max=E4M3_MAX))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ def check_weight(weight: Tensor, recipe: str) -> None:
 
 def nonfinite_error(index: tuple[int, ...], value: float, recipe: str) -> NonFiniteError:
     """The error for a weight whose element ``index`` is ``value``."""
-    return NonFiniteError(f"recipe {recipe!r} takes finite weights, but element {index} is {value}")
+    rounds = ", which bf16 has no finite value for" if math.isfinite(value) else ""
+    return NonFiniteError(f"recipe {recipe!r} takes finite weights, but element {index} is {value}{rounds}")
 
 
 def first_nonfinite(weight: Tensor) -> tuple[int, ...] | None:
@@ -73,7 +76,7 @@ def group_amax_of(weight: Tensor, amax: Tensor | float | None) -> Tensor:
     own = matrix_amax(weight)
     if amax is None:
         return own
-    given = torch.as_tensor(amax, dtype=torch.float32)
+    given = torch.as_tensor(amax, dtype=torch.float32, device=own.device)
     if given.dim() and given.shape != own.shape:
         raise RecipeError(f"the amax of a scale group has the shape {tuple(own.shape)}, but it is {tuple(given.shape)}")
     given = given.expand(own.shape).contiguous()

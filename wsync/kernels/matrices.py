@@ -77,7 +77,7 @@ def dequantize_with(kernels: Any, parts: list[Tensor], recipe: str, dtype: torch
     facts = get_recipe(recipe)
     *batch, rows, stored_cols = codes.shape
     shape = (*batch, rows, stored_cols * facts.packed)
-    weight = torch.empty(shape, dtype=dtype if dtype in SRC_OF_DTYPE else None, device=codes.device)
+    weight = torch.empty(shape, dtype=dtype if dtype in SRC_OF_DTYPE else torch.float32, device=codes.device)
     descs = np.zeros(prod(batch), TRANSFORM_DESC)
     descs["codes"] = _addresses(codes)
     descs["code_stride"] = stored_cols

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,10 @@ def _check_memory(weight: Tensor) -> None:
         )
     if weight.layout != torch.strided:
         raise DtypeMismatchError(f"a weight has the layout torch.strided, but it has {weight.layout}")
+    if weight.is_nested:
+        raise DtypeMismatchError(
+            "a weight is one tensor, but it is a nested one", hint="pass the tensors of .unbind() one by one"
+        )
     if weight.device.type in ("cpu", "cuda") and weight.numel():
         span = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
         needed = (weight.storage_offset() + span) * weight.element_size()
@@ -101,7 +106,7 @@ def quantize(weight: Any, recipe: str, backend: str = "auto") -> dict[str, Tenso
 
 
 def dequantize(
-    parts: dict[str, Tensor], recipe: str, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    parts: Mapping[str, Tensor], recipe: str, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> Tensor:
     """Decode the parts of one weight: ``q * scale`` in f32, cast once to ``dtype``.
 
@@ -116,26 +121,35 @@ def dequantize(
         The weight ``[..., N, K]``, contiguous.
 
     Raises:
-        ConfigError: the backend is unknown, cannot run here or not on the parts' device, the parts are on several, or
-            a part's memory was freed.
-        DtypeMismatchError: a part has a dtype that the recipe does not write, or is no plain tensor: see `as_tensor`.
+        ConfigError: the backend is unknown, cannot run here or not on the parts' device, the parts are on several or
+            are no mapping, or a part's memory was freed.
+        DtypeMismatchError: a part has a dtype that the recipe does not write, or is no plain tensor: see `as_tensor`;
+            or ``dtype`` is no torch dtype, or none of floats where the recipe rounds.
         RecipeError: the recipe is unknown, or one of its parts is missing.
         ShapeMismatchError: the scales are not the grid of the weight.
     """
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"the parts of a weight are a dict of tensors by name, but they are {type(parts).__name__}")
     tensors = {name: as_tensor(part) for name, part in parts.items()}
     check_names(tensors, recipe)
+    _check_target(dtype, recipe)
     device = _one_device(tensors)
     chosen = resolve_backend(backend, device)
     plain = recipe not in OP_OF_RECIPE or recipe == "bf16"
     if backend == "triton" and not plain:
         raise ConfigError(
-            "backend 'triton' does not dequantize", hint="use backend 'cuda', or 'reference', which is plain torch"
+            "backend 'triton' does not dequantize", hint="use backend 'auto': plain torch where there is no 'cuda'"
         )
     if chosen in ("reference", "triton") or plain:
         return dequantize_reference(tensors, recipe, dtype)
     check_parts(tensors, recipe)
     ordered = [tensors[name].contiguous() for name in part_names(recipe)]
     return dequantize_with(_kernels(chosen, device), ordered, recipe, dtype)
+
+
+def _check_target(dtype: torch.dtype, recipe: str) -> None:
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or recipe == "raw"):
+        raise DtypeMismatchError(f"recipe {recipe!r} decodes to a torch dtype of floats, but dtype is {dtype!r}")
 
 
 def _kernels(backend: str, device: torch.device) -> Any:

@@ -186,7 +186,7 @@ def get_recipe(name: str) -> Recipe:
     """
     try:
         return RECIPES[name]
-    except KeyError:
+    except (KeyError, TypeError):  # TypeError: no text, and not even hashable
         known = ", ".join(RECIPES)
         raise RecipeError(f"recipe {name!r} is unknown; known are {known}") from None
 

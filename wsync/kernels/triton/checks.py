@@ -77,6 +77,7 @@ def check_pack(descs: Descs) -> None:
     _aligned(descs, holds, "src", descs["elem_bytes"])
     _aligned(descs, holds & reads_amax, "amax", 4)
     _aligned(descs, holds & np.isin(op, _F32_SCALES), "scales", 4)
+    _aligned(descs, holds & ~quantises, "dst_offset", np.where(copies, descs["elem_bytes"], 2))
 
 
 def check_amax(descs: Descs) -> None:
@@ -88,6 +89,9 @@ def check_amax(descs: Descs) -> None:
     holds = _elements(descs)
     _refuse(holds & (descs["src"] == 0), descs, "src", "a box has an address")
     _refuse(holds & (descs["amax"] == 0), descs, "amax", "it needs an address")
+    _aligned(descs, holds, "src", np.where(np.isin(descs["src_dtype"], (d.SRC_BF16, d.SRC_F16)), 2, 4))
+    for field in ("amax", "scales"):
+        _aligned(descs, holds, field, 4)
 
 
 def check_unpack(descs: Descs) -> None:
@@ -98,4 +102,16 @@ def check_unpack(descs: Descs) -> None:
     _refuse(~np.isin(elem_bytes, (1, 2, 4, 8)), descs, "elem_bytes", "elements have 1, 2, 4 or 8 bytes")
     _refuse((op == d.UNPACK_FILL) & (elem_bytes > 4), descs, "elem_bytes", "a fill has 4 bytes at most")
     _refuse((op == d.UNPACK_EXPONENT) & (elem_bytes != 1), descs, "elem_bytes", "an exponent has 1")
-    _refuse(_elements(descs) & (descs["dst"] == 0), descs, "dst", "a box has an address")
+    holds = _elements(descs)
+    _refuse(holds & (descs["dst"] == 0), descs, "dst", "a box has an address")
+    _aligned(descs, holds, "dst", elem_bytes)
+    read_bytes = np.where(op == d.UNPACK_EXPONENT, 4, elem_bytes)
+    _aligned(descs, holds & (op != d.UNPACK_FILL), "src_offset", read_bytes)
+
+
+def check_base(base: int, name: str, descs: Descs) -> None:
+    """Raises: ConfigError: the address of a bucket is null or not aligned, and there is something to do."""
+    if len(descs) and base == 0:
+        raise ConfigError(f"{name} is null")
+    if len(descs) and base % 16:
+        raise ConfigError(f"{name} is {base}, but the kernels need a multiple of 16")

@@ -15,7 +15,7 @@ import torch
 
 from wsync.errors import ConfigError
 from wsync.kernels.ops import PackResult
-from wsync.kernels.triton.checks import Descs, check_amax, check_pack, check_unpack
+from wsync.kernels.triton.checks import Descs, check_amax, check_base, check_pack, check_unpack
 from wsync.kernels.triton.configs import BOX_WORDS, DIGEST_WORDS, GATHER_WORDS
 from wsync.kernels.triton.launch import NO_BAD, first_bad_element, new_result, on_device, run, run_all, table_on
 from wsync.kernels.triton.support import device_of
@@ -63,8 +63,7 @@ def pack(descs: Descs, dst_base: int, *, device: Device = None, stream: Any = No
         ConfigError: a descriptor is malformed (nothing was written), or there is no device.
     """
     check_pack(descs)
-    if len(descs) and dst_base == 0:
-        raise ConfigError("dst_base is null")
+    check_base(dst_base, "dst_base", descs)
     with _on(device, stream) as where:
         records, launches, ranges = plan_pack(descs, dst_base)
         table, result = table_on(records, where), new_result(where)
@@ -140,8 +139,7 @@ def unpack(descs: Descs, src_base: int, *, device: Device = None, stream: Any = 
         ConfigError: a descriptor is malformed (nothing was written), or there is no device.
     """
     check_unpack(descs)
-    if len(descs) and src_base == 0:
-        raise ConfigError("src_base is null")
+    check_base(src_base, "src_base", descs)
     with _on(device, stream) as where:
         records, launches, boxes, ranges = plan_unpack(descs, src_base)
         table, result = table_on(records, where), new_result(where)
