@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup
 
 CLOSE = ("PIX", "PXB")
 """Paths of `NicPath` that make a NIC a GPU's own."""
+
+
+class Place(NamedTuple):
+    """One GPU."""
+
+    node: int
+    gpu: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,9 @@ class Lane:
         reach: indices of the NICs that it sends and receives on, ascending.
         own: those of ``reach`` that it reaches without NVLink.
         port: index of the port that is ``reach``; -1 if it reaches no NIC.
+        offloaded: a trainer rank whose weights are in the memory of its node and cross PCIe to its GPU to be packed.
+        in_host: an engine rank that keeps what it receives in the memory of its node, sends it on from there, and
+            brings it to its GPU over PCIe when it installs it.
     """
 
     node: int
@@ -32,6 +43,8 @@ class Lane:
     reach: tuple[int, ...]
     own: tuple[int, ...]
     port: int = -1
+    offloaded: bool = False
+    in_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,10 +153,21 @@ class Planner:
         sinks, model, _ = self._survey(sink)
         return model.group_packed_bytes(model.all_groups(sinks))
 
-    def times(self, plan: Plan, sink: SinkManifest) -> Times:
-        """What every part of the cluster carries in the plan that this planner made for ``sink``, as it was timed."""
-        _, model, nodes = self._survey(sink)
-        return _times(model, nodes, plan.trees, plan.flows)
+    def host_bytes(self, sink: SinkManifest) -> list[int]:
+        """For each group of `demand` the weights that packing it once reads: from host memory on an offloaded rank."""
+        sinks, model, _ = self._survey(sink)
+        return model.group_host_bytes(model.all_groups(sinks))
+
+    def times(self, plan: Plan, sink: SinkManifest, nodes: Nodes | None = None) -> Times:
+        """What every part of the cluster carries in the plan that this planner made for ``sink``, as it was timed.
+
+        Args:
+            plan: of this planner.
+            sink: that it is for.
+            nodes: as if ranks ran there, or kept there what is synced; None for where they do.
+        """
+        _, model, own = self._survey(sink)
+        return _times(model, nodes or own, plan.trees, plan.flows)
 
     def _survey(self, sink: SinkManifest) -> tuple[Sinks, Model, Nodes]:
         if not sink.ranks:
@@ -182,6 +193,7 @@ class Planner:
             sinks.manifest,
             relay=self._options.relay,
             packed_bytes=model.group_packed_bytes(groups),
+            host_bytes=model.group_host_bytes(groups) if nodes.has_offloaded else None,
         )
         return Plan(
             format_version=FORMAT_VERSION,
@@ -273,9 +285,10 @@ class Planner:
 
 def _times(model: Model, nodes: Nodes, trees: Sequence[Tree], flows: Sequence[Flow]) -> Times:
     sizes = model.flow_sizes.of(flows)
-    packed_bytes = [0] * len(nodes.sources)
+    packed_bytes, host_bytes = [0] * len(nodes.sources), [0] * len(nodes.sources)
     for flow, size in zip(flows, sizes, strict=True):
         packed_bytes[flow.src_rank] += size.packed_bytes
+        host_bytes[flow.src_rank] += size.host_bytes
     return plan_times(
         trees,
         flows,
@@ -283,6 +296,8 @@ def _times(model: Model, nodes: Nodes, trees: Sequence[Tree], flows: Sequence[Fl
         model.bucket_bytes,
         amax_elements=model.amax_elements,
         packed_bytes=packed_bytes,
+        host_bytes=host_bytes,
+        scanned_bytes=model.scanned_bytes(len(nodes.sources)) if nodes.has_offloaded else None,
         flow_buckets=[size.num_buckets for size in sizes],
     )
 
