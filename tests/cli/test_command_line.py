@@ -53,6 +53,7 @@ OPTIONS = {
         "--hosts",
         "--json",
         "--list",
+        "--memory",
         "--mtp",
         "--output",
         "--recipe",

@@ -83,6 +83,7 @@ def test_the_json_has_the_sums_of_the_manifest(capsys, model):
         "side",
         "layout",
         "recipe",
+        "memory",
         "summary",
         "manifest",
         "manifest_bytes",

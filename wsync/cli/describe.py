@@ -12,6 +12,7 @@ from wsync import __version__
 from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
 from wsync.errors import ConfigError
 from wsync.spec.files import read_file
+from wsync.spec.manifest import DEVICE
 
 if TYPE_CHECKING:
     from wsync.describe import ModelShape, Summary
@@ -60,6 +61,7 @@ class Report(msgspec.Struct, frozen=True):
         side: ``trainer``, ``engine`` or None.
         layout: as it was given.
         recipe: of the engine's weights, or None.
+        memory: ``device`` or ``host``: where the weights are, or what is received; None without a side.
         summary: sums over the side's ranks, or None.
         manifest: the file that was written, or None.
         manifest_bytes: its size.
@@ -71,6 +73,7 @@ class Report(msgspec.Struct, frozen=True):
     side: str | None
     layout: str | None
     recipe: str | None
+    memory: str | None
     summary: Summary | None
     manifest: str | None
     manifest_bytes: int
@@ -106,6 +109,11 @@ def add_parser(commands: Any) -> None:
     side.add_argument("--list", action="store_true", help="the built-in models")
     parser.add_argument("--recipe", metavar="NAME", help="of the engine's linear weights (default: bf16)")
     parser.add_argument("--dtype", metavar="NAME", help="of the trainer's parameters (default: bfloat16)")
+    parser.add_argument(
+        "--memory",
+        choices=("device", "host"),
+        help="where a trainer's weights are, or what an engine receives until it installs it (default: device)",
+    )
     parser.add_argument("--mtp", action="store_true", help="with the layers that predict further tokens")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a host (default: 8)")
     parser.add_argument("--host-prefix", metavar="TEXT", help="hosts are TEXT0, TEXT1, ... (default: t, or e)")
@@ -125,6 +133,7 @@ def run_describe(args: argparse.Namespace) -> int:
 
     model = load_model(args.model, mtp=args.mtp)
     manifest = _manifest(args, model)
+    has_side = args.trainer is not None or args.engine is not None
     report = Report(
         format_version=FORMAT_VERSION,
         wsync=__version__,
@@ -132,6 +141,7 @@ def run_describe(args: argparse.Namespace) -> int:
         side=TRAINER if args.trainer is not None else ENGINE if args.engine is not None else None,
         layout=args.engine if args.trainer is None else args.trainer,
         recipe=(args.recipe or "bf16") if args.engine is not None else None,
+        memory=(args.memory or DEVICE) if has_side else None,
         summary=None if manifest is None else summarise(manifest),
         manifest=args.output,
         manifest_bytes=0,
@@ -155,6 +165,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--recipe {args.recipe} is for --engine: a trainer's tensors have no recipe")
     if args.dtype is not None and args.trainer is None:
         raise ConfigError(f"--dtype {args.dtype} is for --trainer: the recipe says what an engine holds")
+    if args.memory is not None and args.trainer is None and args.engine is None:
+        raise ConfigError(f"--memory {args.memory} is for --trainer or --engine: a model alone is nowhere")
     if args.gpus_per_node < 1:
         raise ConfigError(f"--gpus-per-node is {args.gpus_per_node}, allowed are numbers from 1")
     check_writable(args.output, "-o")
@@ -166,10 +178,10 @@ def _manifest(args: argparse.Namespace, model: ModelShape) -> SourceManifest | S
 
     if args.trainer is not None:
         hosts = _hosts(args, trainer_ranks(args.trainer), "t")
-        return describe_source(model, args.trainer, hosts, args.dtype or "bfloat16")
+        return describe_source(model, args.trainer, hosts, args.dtype or "bfloat16", memory=args.memory or DEVICE)
     if args.engine is not None:
         hosts = _hosts(args, engine_ranks(args.engine), "e")
-        return describe_sink(model, args.engine, hosts, args.recipe or "bf16")
+        return describe_sink(model, args.engine, hosts, args.recipe or "bf16", memory=args.memory or DEVICE)
     return None
 
 

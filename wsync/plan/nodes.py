@@ -76,6 +76,11 @@ class Nodes:
         """Whether an engine rank keeps in host memory what it receives, beside a GPU."""
         return any(lane.in_host for lane in self.sinks)
 
+    def on_device(self) -> Nodes:
+        """The same job if every rank that runs on a GPU kept there what is synced."""
+        sources = tuple(replace(lane, offloaded=False) for lane in self.sources)
+        return replace(self, sources=sources, sinks=tuple(replace(lane, in_host=False) for lane in self.sinks))
+
     def sink_nic(self, sink_idx: int, rail: int) -> int:
         """Index into ``nics`` of the one that a sink sends or receives on for a hop of ``rail``."""
         reach = self.sinks[sink_idx].reach

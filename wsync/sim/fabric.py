@@ -126,9 +126,12 @@ class Fabric:
         return (parts.host,) if core < 0 else (core, parts.host)
 
     def from_host(self, lane: Lane) -> Path:
-        """What a rank occupies that brings bytes from the memory of its node to its GPU."""
+        """What a rank occupies that brings bytes from the memory of its node to its GPU.
+
+        PCIe first, so that the GPUs of a node take turns in its memory: all buckets of a rank queue at once.
+        """
         parts = self.parts[lane.node]
-        return (parts.host, parts.pcie[lane.gpu].into)
+        return (parts.pcie[lane.gpu].into, parts.host)
 
     def hop_passes(self, a: Lane, b: Lane) -> float:
         """Bytes that a hop moves through its path for each byte on the wire."""

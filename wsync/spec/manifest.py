@@ -15,6 +15,7 @@ PARAMETER = "parameter"
 BUFFER = "buffer"
 """The kinds of a tensor."""
 
+Memory = Literal["device", "host"]
 DEVICE: Final = "device"
 HOST: Final = "host"
 """Where a rank that runs on a GPU keeps what is synced: in the GPU's memory, or in that of its node."""
@@ -66,7 +67,7 @@ class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     pid: int = 0
     pid_namespace: str = ""
     gpu: int | None = None
-    memory: Literal["device", "host"] = DEVICE
+    memory: Memory = DEVICE
 
 
 class SourceRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
