@@ -47,6 +47,7 @@ OPTIONS = {
     "wsync describe": {
         "--dtype",
         "--engine",
+        "--gpus",
         "--gpus-per-node",
         "--help",
         "--host-prefix",

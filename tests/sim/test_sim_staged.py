@@ -97,7 +97,7 @@ def test_engines_that_write_after_the_vote_bring_everything_up_then():
 
 
 def pipeline_s(buckets, **rates):
-    """Seconds of 1 GB from one offloaded GPU to another one that receives through host memory, over a wire of 1 GB/s."""
+    """Seconds of 1 GB from one offloaded GPU to another one that receives through host memory, over 1 GB/s."""
     cluster = Cluster((machines(2, gpus=1, **rates),), alpha_s=0.0)
     flow = (0, [(0, 1, 0)], [0], 10**9, buckets)
     return Sync(make_work(cluster, [0], [1], [flow], memory=("host", "host")), in_place=True).run()

@@ -139,7 +139,7 @@ def _check_gpu(what: str, gpu: int, group: NodeGroup) -> None:
         raise ConfigError(
             f"{what} says that it runs on GPU {gpu}, but nodes of group {group.name!r} have GPUs 0 to "
             f"{group.num_gpus - 1}",
-            hint="correct gpu in the rank's RankInfo, or num_gpus in the cluster file",
+            hint="correct gpu in the rank's RankInfo (wsync describe --gpus, --hosts), or num_gpus in the cluster file",
         )
 
 
