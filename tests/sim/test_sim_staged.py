@@ -5,15 +5,18 @@ from __future__ import annotations
 import msgspec
 import pytest
 import test_sim_plans as plans
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_sim_formulas import machines, make_work
 
 from wsync.cli.plan_host import install_s
 from wsync.plan import make_plan
 from wsync.plan.nodes import find_nodes
 from wsync.plan.replan import Planner
-from wsync.sim import SimOptions, simulate
+from wsync.sim import Failure, SimOptions, simulate
 from wsync.sim.memory import needed_bytes
 from wsync.sim.presets import PRESETS
+from wsync.sim.run import Simulation
 from wsync.sim.scenario import Scenario
 from wsync.sim.sync import Sync
 from wsync.spec.cluster import Cluster
@@ -129,6 +132,27 @@ def test_a_scenario_that_says_offloaded_is_planned_so():
     by_manifest = simulate(plan, offloaded, sink, cluster, options=SimOptions(install="in_place"))
     assert by_option.simulated_s == by_manifest.simulated_s
     assert 1.0 <= by_option.score <= 1.05
+
+
+@given(st.integers(0, 2**32), st.sampled_from(SIDES), st.sampled_from(["staged", "in_place"]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_rank_gets_its_bytes_and_no_plan_beats_its_bound(seed, memory, install, fails):
+    rng, _, source, sink, cluster, where = plans.random_job(seed)
+    source, sink = kept(source, sink, memory)
+    plan = make_plan(source, sink, cluster)
+    failures = (Failure(rng.choice(where), plan.time_s * rng.random(), rng.choice((None, 0))),) if fails else ()
+    options = SimOptions(install=install, failures=failures, detect_s=plan.time_s * 0.1)
+    simulation = Simulation(plan, source, sink, cluster, options)
+    result = simulation.run()
+    received = simulation._sync._received
+    for replica, state in zip(simulation._sync.replicas.values(), result.replicas, strict=True):
+        assert bool(state.fault) == (state.state != "committed")
+        for sink_idx in replica.sinks if not state.fault else ():
+            needed = [f.nbytes for f in plan.flows if sink_idx in {b for _, b in plan.trees[f.tree_idx].hops}]
+            assert received[sink_idx] == sum(needed)
+    if not fails:
+        assert all(r.state == "committed" for r in result.replicas)
+        assert result.simulated_s >= plan.lower_bound_s * (1 - 1e-9)
 
 
 def test_gpus_hold_no_weights_that_are_offloaded_and_no_buckets_that_are_in_host_memory():

@@ -4,7 +4,7 @@ import random
 
 import msgspec
 import pytest
-from route_cases import MIB, cluster_of, cpu_group, gpu_group, group, hosts, plan, random_gpu_case
+from route_cases import MIB, check_routing, cluster_of, cpu_group, gpu_group, group, hosts, plan, random_gpu_case
 from route_lp import optimum_of_gpus_s
 
 from wsync.errors import ConfigError
@@ -68,6 +68,24 @@ def test_copies_of_offloaded_weights_share_what_crosses_pcie(copies):
         x.nbytes for x in times.loads if x.name.startswith("PCIe of GPU 0 of node a") and x.name.endswith(" in")
     ]
     assert sum(gathered) == 8 * GB
+
+
+@pytest.mark.parametrize("bucket_bytes", [MIB, 64 * MIB])
+def test_copies_on_two_nodes_are_gathered_by_all_of_their_gpus(bucket_bytes):
+    """By their ports alone it would be as good if four GPUs of each node did all of it."""
+    a, b = gpu_group("a", 2), gpu_group("b", 2)
+    groups = [group([r, r + 8], [s, s + 8], GB) for r in range(8) for s in range(8)]
+    sources = hosts(a)
+    _, _, times, bounds = plan(
+        groups, sources, hosts(b), cluster_of(a, b), bucket_bytes, memory=(all_in(sources), None)
+    )
+    gathered = [
+        x.nbytes for x in times.loads if x.name.startswith("PCIe of GPU") and " a-" in x.name and x.name.endswith(" in")
+    ]
+    assert len(gathered) == 16
+    assert max(gathered) <= 4 * GB + bucket_bytes * 8
+    staged = max(x.seconds for x in bounds if x.name.startswith("staged through PCIe"))
+    assert staged == pytest.approx(64 / (16 * 64.0))
 
 
 def test_weights_that_one_holder_has_on_its_gpu_need_not_be_gathered():
@@ -219,7 +237,8 @@ def test_no_cut_is_above_the_optimum_and_no_plan_below_it(batch):
         if rng.random() < 0.5:
             slow = [msgspec.structs.replace(g, host_gbps=20.0) for g in cluster.groups]
             cluster = cluster_of(*slow)
-        nodes, _, times, bounds = plan(groups, sources, sinks, cluster, 256 * MIB, memory=memory)
+        nodes, routing, times, bounds = plan(groups, sources, sinks, cluster, 256 * MIB, memory=memory)
+        check_routing(groups, routing, nodes)
         optimum = optimum_of_gpus_s(groups, nodes)
         assert times.busiest_s >= optimum * (1 - 1e-6), seed
         if bounds:
