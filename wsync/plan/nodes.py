@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from wsync.errors import ConfigError
-from wsync.plan.places import Lane, Port, Zones, find_islands, find_lanes, find_ports, find_zones, number_gpus
+from wsync.plan.places import (
+    Lane,
+    Port,
+    Zones,
+    check_gpu,
+    find_islands,
+    find_lanes,
+    find_ports,
+    find_zones,
+    number_gpus,
+)
 from wsync.spec.cluster import Cluster, NodeGroup, default_cluster
 from wsync.spec.manifest import DEVICE, HOST, RankInfo, SinkManifest, SourceManifest
 
@@ -85,6 +95,17 @@ class Nodes:
         """Index into ``nics`` of the one that a sink sends or receives on for a hop of ``rail``."""
         reach = self.sinks[sink_idx].reach
         return reach[rail % len(reach)]
+
+
+def check_place(what: str, info: RankInfo, cluster: Cluster) -> None:
+    """Refuse one rank by itself that names a GPU which its node does not have.
+
+    Raises:
+        ConfigError: names it and the GPUs of the node.
+    """
+    group = next((g for g in cluster.groups if info.host in g.node_names), None)
+    if group is not None and group.num_gpus and info.gpu is not None:
+        check_gpu(what, info.gpu, group)
 
 
 def find_nodes(source: SourceManifest, sink: SinkManifest, cluster: Cluster | None) -> Nodes:

@@ -109,7 +109,7 @@ def number_gpus(
             if gpu is None:
                 silent[node] = silent.get(node, 0) + 1
             elif groups[node].num_gpus:
-                _check_gpu(f"{what} {i}", gpu, groups[node])
+                check_gpu(f"{what} {i}", gpu, groups[node])
                 named.setdefault(node, set()).add(gpu)
     free = {n: [g for g in range(groups[n].num_gpus) if g not in named.get(n, ())] for n in silent}
     together = {n: iter(free[n]) for n, count in silent.items() if count <= len(free[n])}
@@ -134,7 +134,12 @@ def _numbered(
     return tuple(out)
 
 
-def _check_gpu(what: str, gpu: int, group: NodeGroup) -> None:
+def check_gpu(what: str, gpu: int, group: NodeGroup) -> None:
+    """Refuse a GPU that a node does not have.
+
+    Raises:
+        ConfigError: it names the GPU, ``what`` says that it runs there, and those of the node.
+    """
     if not 0 <= gpu < group.num_gpus:
         raise ConfigError(
             f"{what} says that it runs on GPU {gpu}, but nodes of group {group.name!r} have GPUs 0 to "

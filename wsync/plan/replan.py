@@ -15,7 +15,7 @@ from wsync.plan.flows import DemandGroup, Flow, Lot, Routing, Tree
 from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.membership import Routed, patch
 from wsync.plan.model import Model, Models
-from wsync.plan.nodes import Nodes, find_nodes
+from wsync.plan.nodes import Nodes, check_place, find_nodes
 from wsync.plan.plans import Plan
 from wsync.plan.rank_classes import RankClasses, Sinks, mask_of
 from wsync.plan.route import route
@@ -227,7 +227,10 @@ class Planner:
 
         Raises:
             WsyncError: as `make_plan` for this rank alone, without a cluster.
+            ConfigError: it names a GPU that its node of the cluster does not have.
         """
+        if self._cluster is not None:
+            check_place(f"rank {rank.rank} of replica {rank.replica!r}", rank.info, self._cluster)
         if live is not None:
             self._awaited = mask_of({n for n in map(self._ranks.find, live) if n is not None})
             self._keep(self._awaited)
