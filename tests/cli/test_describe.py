@@ -83,6 +83,7 @@ def test_the_json_has_the_sums_of_the_manifest(capsys, model):
         "side",
         "layout",
         "recipe",
+        "memory",
         "summary",
         "manifest",
         "manifest_bytes",
@@ -190,6 +191,99 @@ def test_hosts_that_are_no_list_are_refused(capsys, tmp_path, model):
     assert "both name the hosts" in refused(capsys, *arguments, "--host-prefix", "t")
 
 
+# ---- GPUs
+
+
+def places(manifest):
+    infos = [getattr(rank, "info", rank) for rank in manifest.ranks]
+    return [(i.host, i.gpu) for i in infos]
+
+
+def test_without_a_word_of_gpus_the_planner_chooses(capsys, tmp_path, model):
+    json_of(capsys, model, "--trainer", "fsdp=4", "-o", tmp_path / "out")
+    assert places(load_source(tmp_path / "out")) == [("t0", None)] * 4
+
+
+def test_gpus_of_every_host_make_as_many_ranks_there(capsys, tmp_path, model):
+    json_of(capsys, model, "--engine", "tp=2,replicas=2", "--gpus", "6,4-5", "-o", tmp_path / "out")
+    assert places(load_sink(tmp_path / "out")) == [("e0", 6), ("e0", 4), ("e0", 5), ("e1", 6)]
+
+
+def test_a_file_lists_the_gpus_of_hosts_that_are_used_in_part(capsys, tmp_path, model):
+    file = tmp_path / "hosts"
+    arguments = (model, "--trainer", "fsdp=6", "--hosts", file, "--gpus-per-node", 2, "-o", tmp_path / "out")
+    file.write_text("# the upper half\na:2-3\n b:7,5 \nc\n")
+    json_of(capsys, *arguments)
+    expected = [("a", 2), ("a", 3), ("b", 7), ("b", 5), ("c", 0), ("c", 1)]
+    assert places(load_source(tmp_path / "out")) == expected
+    file.write_text("\n".join(f"{host}:{gpu}" for host, gpu in reversed(expected)))
+    json_of(capsys, *arguments)
+    assert places(load_source(tmp_path / "out")) == expected[::-1]
+    file.write_text("a:0-1\nb\nc\n")
+    json_of(capsys, *(x for x in arguments if x not in ("--gpus-per-node", 2)), "--gpus", "2,6")
+    assert places(load_source(tmp_path / "out"))[2:] == [("b", 2), ("b", 6), ("c", 2), ("c", 6)]
+
+
+def test_a_file_with_gpus_says_how_many_data_parallel_ranks_there_are(capsys, tmp_path, model):
+    (tmp_path / "hosts").write_text("a:4-7\nb:0-1\n")
+    assert json_of(capsys, model, "--trainer", "tp=2", "--hosts", tmp_path / "hosts")["summary"]["num_ranks"] == 6
+
+
+def test_an_address_with_colons_is_a_host(capsys, tmp_path, model):
+    (tmp_path / "hosts").write_text("fe80::1\nfe80::2\n")
+    json_of(capsys, model, "--trainer", "fsdp=2", "--hosts", tmp_path / "hosts", "-o", tmp_path / "out")
+    assert places(load_source(tmp_path / "out")) == [("fe80::1", None), ("fe80::2", None)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "said"),
+    [
+        ("a:0,3,1-3", (), "hosts, line 1 lists GPU 3 twice"),
+        ("# two\na:0-1\nb:1\na:1-2", (), "hosts lists GPU 1 of host 'a' twice"),
+        ("a:0-1\na", (), "hosts lists GPU 0 of host 'a' twice"),
+        ("a:0-2", (), "hosts lists 3 GPUs, but the layout has 4 ranks"),
+        ("a:0-4", (), "has 4 ranks .*, but 5 hosts are given"),
+        ("a:x", (), "hosts, line 1: 'x' is no list of GPUs, such as 4-7"),
+        ("\na:", (), "hosts, line 2: '' is no list of GPUs"),
+        (":1", (), "hosts, line 1: ':1' names no host"),
+        ("a:7-4", (), "7-4 is no range of GPUs, allowed are indices from 0 to 4095, ascending"),
+        ("a:0-999999", (), "0-999999 is no range of GPUs, allowed are indices from 0 to 4095"),
+        ("a:\u0664", (), "is no list of GPUs"),
+        (None, ("--gpus", "4-"), "--gpus 4-: '4-' is no list of GPUs"),
+        (None, ("--gpus", ""), "--gpus : '' is no list of GPUs"),
+        (None, ("--gpus", "1,1"), "--gpus 1,1 lists GPU 1 twice"),
+        (None, ("--gpus", "4-7", "--gpus-per-node", "8"), "lists 4 GPUs of a host, but --gpus-per-node is 8"),
+    ],
+)
+def test_gpus_that_cannot_be_are_refused(capsys, tmp_path, model, lines, options, said):
+    if lines is not None:
+        (tmp_path / "hosts").write_text(lines)
+        options = ("--hosts", tmp_path / "hosts")
+    err = refused(capsys, model, "--trainer", "fsdp=4", *options, "-o", tmp_path / "out")
+    assert re.search(said, err), err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("side", ["trainer", "engine"])
+def test_memory_of_the_host_is_said_of_every_rank(capsys, tmp_path, model, side):
+    layout = "fsdp=2" if side == "trainer" else "tp=2"
+    load = load_source if side == "trainer" else load_sink
+    for options, memory in (((), "device"), (("--memory", "device"), "device"), (("--memory", "host"), "host")):
+        found = json_of(capsys, model, f"--{side}", layout, *options, "-o", tmp_path / "out")
+        assert found["memory"] == memory
+        infos = [getattr(rank, "info", rank) for rank in load(tmp_path / "out").ranks]
+        assert {info.memory for info in infos} == {memory}
+    assert run(model, f"--{side}", layout, "--memory", "host") == 0
+    assert re.search(
+        "│ memory .* the host's: .* PCIe to be " + ("packed" if side == "trainer" else "installed"),
+        capsys.readouterr().out,
+    )
+    assert json_of(capsys, model)["memory"] is None
+
+
 # ---- what is refused
 
 
@@ -202,6 +296,7 @@ def test_hosts_that_are_no_list_are_refused(capsys, tmp_path, model):
         (("Qwen3-0.6B", "--trainer", "fsdp=2", "--recipe", "bf16", "-o", "out"), "--recipe bf16 is for --engine"),
         (("Qwen3-0.6B", "--engine", "tp=2", "--dtype", "float32", "-o", "out"), "--dtype float32 is for --trainer"),
         (("Qwen3-0.6B", "--trainer", "fsdp=2", "--gpus-per-node", "0", "-o", "out"), "--gpus-per-node is 0"),
+        (("Qwen3-0.6B", "--memory", "host"), "--memory host is for --trainer or --engine"),
         (("Qwen3-0.6B", "--trainer", "tp=3", "-o", "out"), "number of heads is 16, which tp=3 does not divide"),
         (("Qwen3-0.6B", "--trainer", "fspd=3", "-o", "out"), "unknown key 'fspd'"),
         (("Qwen3-0.6B", "--trainer", "ep=2,dp=2", "-o", "out"), "has ep=2, but Qwen3-0.6B has 0 experts"),

@@ -26,6 +26,8 @@ FIELDS = {
     "binding_cut",
     "bound_without_relays_s",
     "bound_bf16_wire_s",
+    "bound_on_device_s",
+    "time_on_device_s",
     "cuts",
     "loads",
     "bucket_bytes",

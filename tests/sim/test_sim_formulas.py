@@ -29,10 +29,11 @@ def machines(count, *, name="n", nics=1, rate=1.0, gpus=0, **rates):
     )
 
 
-def make_work(cluster, sources, sinks, flows, *, replicas=None, **options):
-    """Flows are (rank, hops as (slot, slot, rail), sinks by slot, bytes, buckets)."""
+def make_work(cluster, sources, sinks, flows, *, replicas=None, memory=("device", "device"), **options):
+    """Flows are (rank, hops as (slot, slot, rail), sinks by slot, bytes, buckets); memory is that of both sides."""
     names = [name for g in cluster.groups for name in g.node_names]
-    nodes = nodes_of([names[i] for i in sources], [names[i] for i in sinks], cluster)
+    kept = {"source_memory": [memory[0]] * len(sources), "sink_memory": [memory[1]] * len(sinks)}
+    nodes = nodes_of([names[i] for i in sources], [names[i] for i in sinks], cluster, **kept)
     fabric = Fabric(nodes)
     streams = [
         Stream(rank, 0, Road(fabric, nodes.sources[rank], hops, (-1, *at), nodes.sinks), nbytes, count)
@@ -59,7 +60,7 @@ def test_a_chain_takes_what_the_formula_says(hops, buckets):
 def test_a_pipeline_takes_its_slowest_stage_and_a_bucket_of_the_others(buckets, rates):
     nbytes = 10**9
     cluster = Cluster((machines(2, gpus=1, **rates),), alpha_s=0.0)
-    work = make_work(cluster, [0], [1], [(0, [(0, 1, 0)], [0], nbytes, buckets)], offloaded=True)
+    work = make_work(cluster, [0], [1], [(0, [(0, 1, 0)], [0], nbytes, buckets)], memory=("host", "device"))
     seconds = Sync(work, in_place=True).run()
     # gather over PCIe; pack reads and writes; the wire at 1 GB/s, or PCIe where it is slower; install reads and writes
     stages = [1 / rates["pcie"], 2 / rates["hbm"], max(1.0, 1 / rates["pcie"]), 2 / rates["hbm"]]

@@ -100,12 +100,14 @@ def check_ends(share, tree, nodes, relay):
             assert relay or src == SOURCE
 
 
-def plan(groups, source_hosts, sink_hosts, cluster, bucket_bytes=4 * MIB, relay=True):
-    """(nodes, routing, times, bounds) of a demand."""
-    nodes = nodes_of(source_hosts, sink_hosts, cluster)
+def plan(groups, source_hosts, sink_hosts, cluster, bucket_bytes=4 * MIB, relay=True, memory=(None, None)):
+    """(nodes, routing, times, bounds) of a demand, whose weights are read as wide as they travel."""
+    nodes = nodes_of(source_hosts, sink_hosts, cluster, source_memory=memory[0], sink_memory=memory[1])
     routing = route(groups, nodes, bucket_bytes, PlanOptions(bucket_bytes, relay=relay))
-    times = plan_times(routing.trees, flows_of(routing), nodes, bucket_bytes)
-    return nodes, routing, times, find_bounds(groups, nodes, relay=relay)
+    flows = flows_of(routing)
+    read = [sum(f.nbytes for f in flows if f.src_rank == rank) for rank in range(len(source_hosts))]
+    times = plan_times(routing.trees, flows, nodes, bucket_bytes, host_bytes=read)
+    return nodes, routing, times, find_bounds(groups, nodes, relay=relay, host_bytes=[g.nbytes for g in groups])
 
 
 def replicated(num_sources, num_replicas, ranks_per_replica, nbytes):

@@ -96,7 +96,13 @@ class _Ways:
         """A hop of ``variable`` GB from one rank's place to another's."""
         nodes = self.nodes
         a, b = nodes.groups[here.node], nodes.groups[there.node]
-        if nodes.island[here.node] != nodes.island[there.node]:
+        if here.node == there.node and (here.in_host or there.in_host):
+            for lane, way in ((here, "out"), (there, "in")):
+                if lane.in_host:
+                    self.host(lane, variable)
+                else:
+                    self.load(("pcie", lane.node, lane.gpu, way), a.pcie_gbps, variable)
+        elif nodes.island[here.node] != nodes.island[there.node]:
             self.ports(here, "out", variable)
             self.ports(there, "in", variable)
             for link in nodes.zones.crossed[nodes.zone[here.node]][nodes.zone[there.node]]:
@@ -114,21 +120,50 @@ class _Ways:
         for nic in lane.reach:
             parts.append(self.program.variable())
             self.load(("nic", nic, way), self.nodes.nics[nic].rate_gbps, parts[-1])
-            if lane.domain >= 0 and nic not in lane.own:
+            if lane.in_host:
+                self.host(lane, parts[-1])
+            elif lane.domain >= 0 and nic not in lane.own:
                 self.load(("nvlink", lane.node, lane.gpu, way), group.nvlink_gbps, parts[-1])
             else:
                 self.load(("pcie", lane.node, lane.gpu, way), group.pcie_gbps, parts[-1])
         self.program.add([(x, 1.0) for x in parts] + [(variable, -1.0)], 0.0, equal=True)
 
+    def host(self, lane, variable):
+        """One pass through the memory of a node, which copies, that are two, at its rate."""
+        self.load(("host", lane.node), 2 * self.nodes.groups[lane.node].host_gbps, variable)
+
+    def up(self, lane, variable):
+        """From the memory of a node to a GPU."""
+        self.host(lane, variable)
+        self.load(("pcie", lane.node, lane.gpu, "in"), self.nodes.groups[lane.node].pcie_gbps, variable)
+
+    def stage(self, group):
+        """Any of the holders packs, with its weights brought to its GPU first; sinks install."""
+        amount, parts = group.nbytes / 1e9, []
+        for lane in (self.nodes.sources[r] for r in group.holders):
+            parts.append(self.program.variable())
+            if lane.offloaded:
+                self.up(lane, parts[-1])
+        self.program.add([(x, 1.0) for x in parts], amount, equal=True)
+        for lane in (self.nodes.sinks[s] for s in group.sinks):
+            if lane.in_host:
+                installed = self.program.variable()
+                self.program.add([(installed, 1.0)], amount, equal=True)
+                self.up(lane, installed)
+
 
 def optimum_of_gpus_s(groups, nodes):
-    """As `optimum_s`, between GPUs: NVLink, PCIe, each rank's own NICs and shared links limit it."""
+    """As `optimum_s`, between GPUs: NVLink, PCIe, each rank's own NICs, memory of nodes and shared links limit it."""
     program = _Program()
     ways = _Ways(program, nodes)
-    lane_of = {(x.node, x.gpu): x for x in (*nodes.sources, *nodes.sinks)}
+    # Ranks on one GPU have what it has; one that keeps what it receives in host memory is a place of its own.
+    source_at = [(x.node, x.gpu, -1) for x in nodes.sources]
+    sink_at = [(x.node, x.gpu, i if x.in_host else -1) for i, x in enumerate(nodes.sinks)]
+    lane_of = dict(zip((*source_at, *sink_at), (*nodes.sources, *nodes.sinks), strict=True))
     for group in groups:
-        held = sorted({(nodes.sources[r].node, nodes.sources[r].gpu) for r in group.holders})
-        need = sorted({(nodes.sinks[s].node, nodes.sinks[s].gpu) for s in group.sinks} - set(held))
+        ways.stage(group)
+        held = sorted({source_at[r] for r in group.holders})
+        need = sorted({sink_at[s] for s in group.sinks} - set(held))
         # A sink on a GPU that holds the bytes may pass them on as the holder may.
         for (u, v), variable in _capacities(program, held, need, True, group.nbytes / 1e9).items():
             ways.hop(lane_of[u], lane_of[v], variable)

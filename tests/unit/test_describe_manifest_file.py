@@ -165,6 +165,37 @@ def test_what_refers_to_nothing_is_refused(tmp_path):
         decode_manifest(file_of(msgspec.msgpack.encode(body), wsync_manifest="sink"))
 
 
+# ---- where ranks keep what is synced
+
+
+@BOTH
+def test_a_file_that_says_nothing_of_memory_means_that_of_the_gpu(tmp_path, manifest):
+    body = body_of(manifest, tmp_path / "file")
+    infos = body[0] if manifest is SOURCE else [rank[3] for rank in body[5]]
+    assert all(info.keys() == {"host", "pid"} for info in infos[1:])  # what older versions read, too
+    for info in infos:
+        # As it was written before there was such a field.
+        info.update({"pid": info.get("pid", 0), "pid_namespace": "", "gpu": None})
+    kind = "source" if manifest is SOURCE else "sink"
+    assert decode_manifest(file_of(msgspec.msgpack.encode(body), wsync_manifest=kind)) == manifest
+
+
+def test_memory_survives_a_file_and_one_that_is_none_is_refused(tmp_path):
+    hosts = ["t0"] * 8
+    source = describe_source(MODEL, "fsdp=4,tp=2", hosts, memory="host")
+    sink = describe_sink(MODEL, "tp=2,ep=2,replicas=4", hosts, "bf16", memory="host")
+    for manifest in (source, sink):
+        save_manifest(manifest, tmp_path / "file")
+        assert load_manifest(tmp_path / "file") == manifest
+    assert {rank.memory for rank in source.ranks} == {rank.info.memory for rank in sink.ranks} == {"host"}
+    body = body_of(source, tmp_path / "file")
+    body[0][3]["memory"] = "disk"
+    with pytest.raises(ManifestError, match=r"Invalid enum value 'disk'"):
+        decode_manifest(file_of(msgspec.msgpack.encode(body)))
+    with pytest.raises(ConfigError, match="memory is 'disk', allowed are 'device' and 'host'"):
+        describe_source(MODEL, "fsdp=4,tp=2", hosts, memory="disk")
+
+
 # ---- writing
 
 

@@ -48,6 +48,29 @@ def test_bytes_arrive_at_many_replicas_on_many_nodes(seed):
     run_fleet(seed)
 
 
+def some_in_host_memory(rng, scenario):
+    """The job with ranks that keep what is synced in host memory: none, some or all of each side."""
+
+    def moved(info, share):
+        return msgspec.structs.replace(info, memory="host" if rng.random() < share else "device")
+
+    shares = rng.choice((0.0, 0.5, 1.0)), rng.choice((0.0, 0.5, 1.0))
+    source = msgspec.structs.replace(scenario.source, ranks=tuple(moved(r, shares[0]) for r in scenario.source.ranks))
+    ranks = tuple(msgspec.structs.replace(r, info=moved(r.info, shares[1])) for r in scenario.sink.ranks)
+    return replace(scenario, source=source, sink=msgspec.structs.replace(scenario.sink, ranks=ranks))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS)
+def test_bytes_arrive_wherever_ranks_keep_them_and_no_bound_is_beaten(seed):
+    rng = random.Random(seed)
+    scenario = fleet(rng, rng.randint(2, 5)) if rng.random() < 0.5 else random_scenario(rng)
+    scenario, cluster = some_in_host_memory(rng, scenario), random_cluster(rng)
+    plan = planned(scenario, cluster)
+    run_plan(scenario, plan, seed, cluster)
+    assert plan.time_s >= plan.lower_bound_s * (1 - 1e-9)
+
+
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
 @settings(max_examples=1500, deadline=None)

@@ -8,6 +8,7 @@ from wsync.describe import describe_sink, describe_source, load_model, positions
 from wsync.errors import ConfigError
 from wsync.plan import make_plan
 from wsync.plan.nodes import find_nodes, nodes_of
+from wsync.plan.replan import Planner
 from wsync.spec import RankInfo, SinkManifest
 from wsync.testing.generators import dense_tensors, fsdp_source, tp_sink
 
@@ -43,6 +44,24 @@ def test_a_gpu_that_the_node_does_not_have_is_refused(gpu):
     a = gpu_group("a", 1, 4)
     with pytest.raises(ConfigError, match=rf"sink 1 says that it runs on GPU {gpu}, but .* 'a' have GPUs 0 to 3"):
         nodes_of(["a-0"], ["a-0"] * 2, cluster_of(a), None, [0, gpu])
+
+
+def test_a_rank_that_names_a_gpu_which_its_node_does_not_have_is_refused_by_itself():
+    a, b = gpu_group("a", 1, 4), gpu_group("b", 1, 4)
+    sink = tp_sink(TINY, [["b-0"] * 2])
+    planner = Planner(fsdp_source(TINY, hosts(a)), cluster_of(a, b))
+    good, bad = (
+        msgspec.structs.replace(r, info=msgspec.structs.replace(r.info, gpu=gpu))
+        for r, gpu in zip(sink.ranks, (3, 4), strict=True)
+    )
+    planner.accept(good)
+    with pytest.raises(
+        ConfigError, match=rf"rank 1 of replica '{bad.replica}' says that it runs on GPU 4, but .* 0 to 3"
+    ):
+        planner.accept(bad)
+    elsewhere = msgspec.structs.replace(bad, info=RankInfo("elsewhere", gpu=4))
+    planner.accept(elsewhere)  # a host that the cluster does not have is for the plan to refuse
+    Planner(fsdp_source(TINY, hosts(a))).accept(bad)
 
 
 def test_a_replica_that_names_its_gpus_keeps_them_when_another_leaves_its_node():

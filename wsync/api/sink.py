@@ -13,6 +13,7 @@ from torch import no_grad
 
 from wsync.adapters.engines.events import LiveConstant
 from wsync.adapters.engines.recorder import Recording
+from wsync.adapters.gpus import on_its_gpu
 from wsync.api.common import check_store, close_at_exit, rank_and_world, share_of_cores
 from wsync.api.engine import EngineSide, Layouts, Recipes, ScaleGroups, Transforms
 from wsync.api.live import LoadWeights, live_tensors
@@ -106,7 +107,8 @@ class Sink:
         self.rank, self.world_size = rank_and_world(rank, world_size)
         self._engine = EngineSide(engine_model, load_weights, recipes, scale_groups, transforms, layouts, allow_missing)
         self._num_threads = share_of_cores(num_threads, self.world_size)
-        self._info = local_info()
+        # Every transport stages what arrives in host memory.
+        self._info = on_its_gpu(local_info(), in_host=True)
         self._recording: Recording | None = None
         self._constants: dict[int, list[LiveConstant]] = {}
         self._ready: Ticket | None = None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from wsync import __version__
+from wsync.cli.describe_hosts import Hosts, parse_hosts
 from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_json
 from wsync.errors import ConfigError
-from wsync.spec.files import read_file
+from wsync.spec.manifest import DEVICE
 
 if TYPE_CHECKING:
     from wsync.describe import ModelShape, Summary
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TRAINER, ENGINE = "trainer", "engine"
-MAX_HOSTS_BYTES = 16 << 20
 _TABLE_WIDTH = 100
 
 _DESCRIPTION = """Describes one side of a sync without running it: what every rank of a trainer holds, or what every
@@ -60,6 +59,7 @@ class Report(msgspec.Struct, frozen=True):
         side: ``trainer``, ``engine`` or None.
         layout: as it was given.
         recipe: of the engine's weights, or None.
+        memory: ``device`` or ``host``: where the weights are, or what is received; None without a side.
         summary: sums over the side's ranks, or None.
         manifest: the file that was written, or None.
         manifest_bytes: its size.
@@ -71,6 +71,7 @@ class Report(msgspec.Struct, frozen=True):
     side: str | None
     layout: str | None
     recipe: str | None
+    memory: str | None
     summary: Summary | None
     manifest: str | None
     manifest_bytes: int
@@ -106,10 +107,20 @@ def add_parser(commands: Any) -> None:
     side.add_argument("--list", action="store_true", help="the built-in models")
     parser.add_argument("--recipe", metavar="NAME", help="of the engine's linear weights (default: bf16)")
     parser.add_argument("--dtype", metavar="NAME", help="of the trainer's parameters (default: bfloat16)")
+    parser.add_argument(
+        "--memory",
+        choices=("device", "host"),
+        help="where a trainer's weights are, or what an engine receives until it installs it (default: device)",
+    )
     parser.add_argument("--mtp", action="store_true", help="with the layers that predict further tokens")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a host (default: 8)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks of a host (default: 8)")
+    parser.add_argument(
+        "--gpus", metavar="LIST", help="GPUs of each host that ranks use, such as 4-7 (default: the planner chooses)"
+    )
     parser.add_argument("--host-prefix", metavar="TEXT", help="hosts are TEXT0, TEXT1, ... (default: t, or e)")
-    parser.add_argument("--hosts", metavar="FILE", help="names of the hosts instead, a line for each rank or node")
+    parser.add_argument(
+        "--hosts", metavar="FILE", help="names of the hosts instead, a line NAME or NAME:GPUS for each rank or node"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the manifest")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the sums as JSON (-: to stdout)")
     parser.set_defaults(run=run_describe)
@@ -125,6 +136,7 @@ def run_describe(args: argparse.Namespace) -> int:
 
     model = load_model(args.model, mtp=args.mtp)
     manifest = _manifest(args, model)
+    has_side = args.trainer is not None or args.engine is not None
     report = Report(
         format_version=FORMAT_VERSION,
         wsync=__version__,
@@ -132,6 +144,7 @@ def run_describe(args: argparse.Namespace) -> int:
         side=TRAINER if args.trainer is not None else ENGINE if args.engine is not None else None,
         layout=args.engine if args.trainer is None else args.trainer,
         recipe=(args.recipe or "bf16") if args.engine is not None else None,
+        memory=(args.memory or DEVICE) if has_side else None,
         summary=None if manifest is None else summarise(manifest),
         manifest=args.output,
         manifest_bytes=0,
@@ -155,8 +168,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--recipe {args.recipe} is for --engine: a trainer's tensors have no recipe")
     if args.dtype is not None and args.trainer is None:
         raise ConfigError(f"--dtype {args.dtype} is for --trainer: the recipe says what an engine holds")
-    if args.gpus_per_node < 1:
-        raise ConfigError(f"--gpus-per-node is {args.gpus_per_node}, allowed are numbers from 1")
+    if args.memory is not None and args.trainer is None and args.engine is None:
+        raise ConfigError(f"--memory {args.memory} is for --trainer or --engine: a model alone is nowhere")
+    _hosts(args)
     check_writable(args.output, "-o")
     check_writable(args.json, "--json")
 
@@ -165,40 +179,16 @@ def _manifest(args: argparse.Namespace, model: ModelShape) -> SourceManifest | S
     from wsync.describe import describe_sink, describe_source, engine_ranks, trainer_ranks
 
     if args.trainer is not None:
-        hosts = _hosts(args, trainer_ranks(args.trainer), "t")
-        return describe_source(model, args.trainer, hosts, args.dtype or "bfloat16")
+        hosts, gpus = _hosts(args).place(trainer_ranks(args.trainer), "t")
+        return describe_source(model, args.trainer, hosts, args.dtype or "bfloat16", gpus, args.memory or DEVICE)
     if args.engine is not None:
-        hosts = _hosts(args, engine_ranks(args.engine), "e")
-        return describe_sink(model, args.engine, hosts, args.recipe or "bf16")
+        hosts, gpus = _hosts(args).place(engine_ranks(args.engine), "e")
+        return describe_sink(model, args.engine, hosts, args.recipe or "bf16", gpus, args.memory or DEVICE)
     return None
 
 
-def _hosts(args: argparse.Namespace, num_ranks: int, default_prefix: str) -> list[str]:
-    """The host of each rank."""
-    each = args.gpus_per_node
-    if args.hosts is None:
-        prefix = default_prefix if args.host_prefix is None else args.host_prefix
-        return [f"{prefix}{rank // each}" for rank in range(num_ranks)]
-    if args.host_prefix is not None:
-        raise ConfigError(f"--host-prefix {args.host_prefix} and --hosts {args.hosts} both name the hosts")
-    names = _read_hosts(Path(args.hosts))
-    num_nodes = -(-num_ranks // each)
-    if len(names) == num_nodes:
-        return [names[rank // each] for rank in range(num_ranks)]
-    # A layout may leave open how many ranks there are: then the file says it, and the layout refuses what does not fit.
-    if len(names) < num_nodes:
-        raise ConfigError(
-            f"{args.hosts} has {len(names)} hosts, but the layout has {num_ranks} ranks on {num_nodes} nodes of {each}"
-        )
-    return names
-
-
-def _read_hosts(path: Path) -> list[str]:
-    try:
-        lines = read_file(path, MAX_HOSTS_BYTES).decode().splitlines()
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path} is not a list of hosts: {e}") from e
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def _hosts(args: argparse.Namespace) -> Hosts:
+    return parse_hosts(args.hosts, args.host_prefix, args.gpus_per_node, args.gpus)
 
 
 def _model_report(model: ModelShape) -> ModelReport:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wsync.cli.output import stdout_console
+from wsync.spec.manifest import HOST
 
 if TYPE_CHECKING:
     from wsync.cli.describe import ModelReport, Report
@@ -53,6 +54,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         recipe = f" in {report.recipe}" if report.recipe else ""
         rows += [
             (str(report.side), f"{report.layout}{recipe}: {found.num_ranks:,} ranks on {found.num_hosts:,} hosts"),
+            *([("memory", _in_host(report))] if report.memory == HOST else []),
             ("classes", f"{found.num_classes:,} of tensors, {found.num_rank_classes:,} of ranks"),
             ("boxes", f"{found.num_boxes:,}"),
             ("one copy", _by_dtype(found.bytes_by_dtype)),
@@ -62,6 +64,12 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     if report.manifest is not None:
         rows.append(("manifest", f"{report.manifest}, {_bytes(report.manifest_bytes)}"))
     return rows
+
+
+def _in_host(report: Report) -> str:
+    if report.side == "trainer":
+        return "the host's: weights cross PCIe to be packed"
+    return "the host's: what is received crosses PCIe to be installed"
 
 
 def _by_dtype(nbytes: dict[str, int]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from wsync.cli.plan_host import host_advice
 from wsync.plan.nodes import Nodes
 from wsync.plan.plans import Plan
 from wsync.plan.timing import Times
@@ -26,6 +27,7 @@ class Facts:
         plan, times, nodes, sink, options: of the plan.
         without_relays_s: the bound if engine ranks passed nothing on.
         fp8_bounds: the cuts if all matrices that travel in 16 bits travelled in ``fp8_block128``.
+        device_bound_s, device_s: the bound, and the time of the plan, if ranks kept nothing in host memory.
     """
 
     plan: Plan
@@ -35,6 +37,8 @@ class Facts:
     options: PlanOptions
     without_relays_s: float
     fp8_bounds: tuple[Bound, ...]
+    device_bound_s: float
+    device_s: float
 
 
 def advise(facts: Facts) -> Iterator[str]:
@@ -44,6 +48,7 @@ def advise(facts: Facts) -> Iterator[str]:
         yield "nothing crosses the edge of a rank: there is nothing to make faster"
         return
     yield from _cut_advice(facts)
+    yield from host_advice(plan, facts.nodes, facts.device_bound_s, facts.device_s)
     yield from _wire_advice(facts)
     yield from _plan_advice(facts)
     if facts.options.relay and facts.without_relays_s > plan.lower_bound_s * (1 + _WORTH):
@@ -79,7 +84,9 @@ def _cut_advice(facts: Facts) -> Iterator[str]:
         )
     elif kind == "install":
         yield f"{cut} binds ({seconds:.3g} s): engine replicas over more ranks give each less to take"
-    elif kind in ("host", "PCIe", "quantise"):
+    elif kind == "staged":
+        yield f"{cut} binds ({seconds:.3g} s), not the network: what is kept in host memory has to cross it"
+    elif kind in ("host", "quantise"):
         yield f"{cut} binds ({seconds:.3g} s), not the network: spread those bytes over more nodes or ranks"
     rest = next((b for b in facts.plan.bounds if kind_of(b.name) != kind), None)
     if rest is not None:

@@ -12,7 +12,7 @@ from wsync.plan.holdings import resolve_aliases
 from wsync.plan.plans import Plan, PlanClass, PlanUnit
 from wsync.plan.types import MODE_COPY, MODE_FUSED, SOURCE
 from wsync.spec.box import Box
-from wsync.spec.manifest import CopySpec, SinkManifest, SinkRankManifest, SourceManifest
+from wsync.spec.manifest import HOST, CopySpec, SinkManifest, SinkRankManifest, SourceManifest
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -51,6 +51,7 @@ class Landing(msgspec.Struct, frozen=True):
         first: element of it that the copy begins at.
         strides: elements, for each dimension of the copied box.
         relay_only: the rank passes the box on and needs nothing of it.
+        in_host: until it is installed, what has arrived is in host memory.
     """
 
     sink: str
@@ -60,6 +61,7 @@ class Landing(msgspec.Struct, frozen=True):
     first: int
     strides: tuple[int, ...]
     relay_only: bool = False
+    in_host: bool = False
 
 
 class Passage(msgspec.Struct, frozen=True):
@@ -73,6 +75,7 @@ class Passage(msgspec.Struct, frozen=True):
         planned: ``"dense"`` or ``"delta"``.
         how: what packing it does.
         sender, host: who packs it.
+        offloaded: the sender has its weights in host memory.
         bucket, num_buckets: about where in the sender's flow, which is sent with the flows of all others at once.
         hops: in order.
         landings: one for each copy into engine memory.
@@ -91,6 +94,7 @@ class Passage(msgspec.Struct, frozen=True):
     num_buckets: int
     hops: tuple[Hop, ...]
     landings: tuple[Landing, ...]
+    offloaded: bool = False
 
 
 class Explanation(msgspec.Struct, frozen=True):
@@ -196,6 +200,7 @@ class _Road:
             num_buckets=self.plan.num_buckets(flow),
             hops=hops,
             landings=tuple(landings),
+            offloaded=self.source.ranks[flow.src_rank].memory == HOST,
         )
 
     def _hop(self, flow: Flow, src: int, dst: int, rail: int) -> Hop:
@@ -217,7 +222,8 @@ class _Road:
             first = copy.dst_offset + sum(
                 (o - b) * s for o, b, s in zip(common.offset, copy.box.offset, copy.dst_strides, strict=False)
             )
-            yield Landing(sink_name(rank), rank.info.host, storage.name, storage.dtype, first, copy.dst_strides)
+            where = (storage.name, storage.dtype, first, copy.dst_strides)
+            yield Landing(sink_name(rank), rank.info.host, *where, in_host=rank.info.memory == HOST)
 
     def _copies_of(self, rank: SinkRankManifest) -> list[CopySpec]:
         """The rank's copies of this tensor in this recipe; those of equal ranks are looked up once."""

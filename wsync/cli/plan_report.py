@@ -6,6 +6,7 @@ import re
 import resource
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
@@ -35,6 +36,7 @@ class Side(msgspec.Struct, frozen=True):
         replicas: of the engine; 0 for the trainer.
         memory_bytes: that the rank with most of it stages: its buckets; on an engine rank the whole next version.
         ring_bytes: of the engine in mode ``paused``; 0 for the trainer.
+        host_ranks: how many on a GPU keep in host memory what is synced.
     """
 
     ranks: int
@@ -42,6 +44,7 @@ class Side(msgspec.Struct, frozen=True):
     replicas: int
     memory_bytes: int
     ring_bytes: int = 0
+    host_ranks: int = 0
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -82,6 +85,8 @@ class PlanReport(msgspec.Struct, frozen=True):
         lower_bound_s, score, binding_cut: what no plan can beat, the time over it, and the cut that gives it.
         bound_without_relays_s, bound_bf16_wire_s: the bound if engine ranks passed nothing on, and if everything
             travelled in bf16.
+        bound_on_device_s, time_on_device_s: the bound, and the time of this plan, if no rank on a GPU kept in host
+            memory what is synced.
         cuts: the slowest ones.
         loads: of every link, NIC, GPU and memory that carries bytes, the busiest first.
         bucket_bytes: size of a bucket.
@@ -105,6 +110,8 @@ class PlanReport(msgspec.Struct, frozen=True):
     binding_cut: str
     bound_without_relays_s: float
     bound_bf16_wire_s: float
+    bound_on_device_s: float
+    time_on_device_s: float
     cuts: tuple[Cut, ...]
     loads: tuple[Load, ...]
     bucket_bytes: int
@@ -132,10 +139,18 @@ def plan_and_report(
     groups, nodes = planner.demand(sink), find_nodes(source, sink, cluster)
     times = planner.times(plan, sink)
     packed_bytes = planner.packed_bytes(sink)
-    without = _seconds(find_bounds(groups, nodes, sink, relay=False, packed_bytes=packed_bytes))
-    bf16 = _seconds(find_bounds(groups, nodes, sink, relay=options.relay, nbytes=planner.bf16_bytes(sink)))
-    fp8 = find_bounds(groups, nodes, sink, relay=options.relay, nbytes=fp8_bytes(plan, groups))
-    facts = Facts(plan, times, nodes, sink, options, without, fp8)
+    host_bytes = planner.host_bytes(sink) if nodes.has_offloaded else None
+    bounds_of = partial(find_bounds, groups, nodes, sink, host_bytes=host_bytes)
+    without = _seconds(bounds_of(relay=False, packed_bytes=packed_bytes))
+    bf16 = _seconds(bounds_of(relay=options.relay, nbytes=planner.bf16_bytes(sink)))
+    fp8 = bounds_of(relay=options.relay, nbytes=fp8_bytes(plan, groups))
+    device_bound_s, device_s = plan.lower_bound_s, plan.time_s
+    if nodes.has_offloaded or nodes.has_in_host:
+        on_device = nodes.on_device()
+        device_bounds = find_bounds(groups, on_device, sink, relay=options.relay, packed_bytes=packed_bytes)
+        device_bound_s = _seconds(device_bounds)
+        device_s = planner.times(plan, sink, on_device).time_s
+    facts = Facts(plan, times, nodes, sink, options, without, fp8, device_bound_s, device_s)
     return plan, PlanReport(
         format_version=FORMAT_VERSION,
         plan_digest=plan_digest(plan),
@@ -148,6 +163,8 @@ def plan_and_report(
         binding_cut=plan.binding_cut,
         bound_without_relays_s=without,
         bound_bf16_wire_s=bf16,
+        bound_on_device_s=device_bound_s,
+        time_on_device_s=device_s,
         cuts=tuple(Cut(b.name, b.seconds) for b in plan.bounds[:10]),
         loads=_loads(times, plan.time_s, sink),
         bucket_bytes=plan.bucket_bytes,
@@ -207,7 +224,8 @@ def readable(name: str, sink: SinkManifest) -> str:
 
 def _trainer(plan: Plan, nodes: Nodes) -> Side:
     memory = max((plan.source_memory_bytes(r) for r in range(plan.num_sources)), default=0)
-    return Side(plan.num_sources, len(set(nodes.source_node)), 0, memory)
+    host_ranks = sum(lane.offloaded for lane in nodes.sources)
+    return Side(plan.num_sources, len(set(nodes.source_node)), 0, memory, host_ranks=host_ranks)
 
 
 def _engine(plan: Plan, nodes: Nodes, sink: SinkManifest) -> Side:
@@ -215,7 +233,8 @@ def _engine(plan: Plan, nodes: Nodes, sink: SinkManifest) -> Side:
     staged = max((plan.sink_memory_bytes(s) for s in every), default=0)
     ring = max((plan.sink_memory_bytes(s, "paused") for s in every), default=0)
     replicas = len({rank.replica for rank in sink.ranks})
-    return Side(plan.num_sinks, len(set(nodes.sink_node)), replicas, staged, ring)
+    host_ranks = sum(lane.in_host for lane in nodes.sinks)
+    return Side(plan.num_sinks, len(set(nodes.sink_node)), replicas, staged, ring, host_ranks)
 
 
 def _size(plan: Plan, groups: Sequence[DemandGroup]) -> Size:

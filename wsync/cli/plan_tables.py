@@ -45,11 +45,18 @@ def _summary(report: PlanReport) -> Table:
         ("score", f"{report.score:.3f}", "predicted over lower bound; 1 is optimal"),
         ("bound without relays", _seconds(report.bound_without_relays_s), ""),
         ("bound with a bf16 wire", _seconds(report.bound_bf16_wire_s), ""),
+        *_on_device(report),
         ("on the wire", _bytes(report.wire_bytes), "packed once by trainer ranks"),
         ("needed", _bytes(report.needed_bytes), "by engine ranks, each counted"),
         ("delivered over needed", f"{report.delivered_ratio:.3f}", _bytes(report.delivered_bytes)),
     ]
     return _filled(table, rows)
+
+
+def _on_device(report: PlanReport) -> Iterable[tuple[str, str, str]]:
+    if report.trainer.host_ranks or report.engine.host_ranks:
+        predicted = f"and {_seconds(report.time_on_device_s)} predicted: nothing kept in host memory"
+        yield "bound on the GPUs", _seconds(report.bound_on_device_s), predicted
 
 
 def _loads(report: PlanReport) -> Table:
@@ -76,14 +83,25 @@ def _sides(report: PlanReport) -> Table:
     return _filled(
         table,
         [
-            ("trainer", *_counts(report.trainer), f"{_bytes(report.trainer.memory_bytes)} of buckets"),
+            (
+                "trainer",
+                *_counts(report.trainer),
+                f"{_bytes(report.trainer.memory_bytes)} of buckets{_in_host(report.trainer, 'weights')}",
+            ),
             (
                 f"engine, {engine.replicas} replica{'s' * (engine.replicas != 1)}",
                 *_counts(engine),
-                f"{_bytes(engine.memory_bytes)} staged, or a ring of {_bytes(engine.ring_bytes)} paused",
+                f"{_bytes(engine.memory_bytes)} staged, or a ring of {_bytes(engine.ring_bytes)} paused"
+                f"{_in_host(engine, 'this')}",
             ),
         ],
     )
+
+
+def _in_host(side: Side, what: str) -> str:
+    """Who of a side keeps something in host memory."""
+    who = "all ranks" if side.host_ranks == side.ranks else f"{side.host_ranks} ranks"
+    return f"; {what} in host memory on {who}" if side.host_ranks else ""
 
 
 def _counts(side: Side) -> tuple[str, str]:
@@ -119,7 +137,8 @@ def _say_rest(say_count: int, what: str, console: Console) -> None:
 
 def _print_passage(p: Passage, console: Console) -> None:
     head = f"{p.part} {_box(p.offset, p.shape)}, {p.recipe}, {_bytes(p.nbytes)}, {p.planned}, {p.how}"
-    lines = [head, f"  packed by {p.sender} on {p.host}, about in bucket {p.bucket + 1} of {p.num_buckets} of its flow"]
+    sender = f"{p.sender} on {p.host}{', from host memory' if p.offloaded else ''}"
+    lines = [head, f"  packed by {sender}, about in bucket {p.bucket + 1} of {p.num_buckets} of its flow"]
     for hop in p.hops[:_NUM_HOPS]:
         way = "inside the node" if hop.rail == LOCAL else f"rail {hop.rail}"
         relay = ", relayed" if hop.relay else ""
@@ -127,7 +146,8 @@ def _print_passage(p: Passage, console: Console) -> None:
     if len(p.hops) > _NUM_HOPS:
         lines.append(f"  and {len(p.hops) - _NUM_HOPS} other hops (--json has all)")
     for land in p.landings[:_NUM_HOPS]:
-        lines.append(f"  lands in {land.storage} ({land.dtype}) from element {land.first}, {land.sink} on {land.host}")
+        where = f"{land.sink} on {land.host}{', by way of host memory' if land.in_host else ''}"
+        lines.append(f"  lands in {land.storage} ({land.dtype}) from element {land.first}, {where}")
     if len(p.landings) > _NUM_HOPS:
         lines.append(f"  and {len(p.landings) - _NUM_HOPS} other places (--json has all)")
     for line in lines:

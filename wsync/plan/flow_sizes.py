@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from wsync.plan.blocks import Unit
 from wsync.plan.flows import Entry, Flow
 from wsync.plan.packing import BucketCounter
-from wsync.plan.parts import PlanClass
+from wsync.plan.parts import PlanClass, PlanUnit
 from wsync.spec.dtypes import itemsize
 
 
 class FlowSize(NamedTuple):
-    """Of one flow: its buckets, and the bytes that packing it reads and writes."""
+    """Of one flow: its buckets, the bytes that packing it reads and writes, and those of weights that it reads."""
 
     num_buckets: int
     packed_bytes: int
+    host_bytes: int
 
 
 class FlowSizes:
@@ -47,9 +49,15 @@ class FlowSizes:
         return out
 
     def _count(self, entries: tuple[Entry, ...]) -> FlowSize:
-        at, packed = (0, 0), 0
+        at, packed, weights = (0, 0), 0, 0
         for class_idx, unit_idx, count in ((e.class_idx, e.unit_idx, e.end - e.first) for e in entries):
             unit = self._classes[class_idx].units[unit_idx]
             at = self._counter.add(at, unit.box, self._elem_bytes[class_idx][unit_idx], unit.step, count)
             packed += self._packed[class_idx][unit_idx] * count
-        return FlowSize(at[0] + (at[1] > 0), packed)
+            weights += weight_bytes(unit, self._packed[class_idx][unit_idx]) * count
+        return FlowSize(at[0] + (at[1] > 0), packed, weights)
+
+
+def weight_bytes(unit: Unit | PlanUnit, packed_bytes: int) -> int:
+    """Of what packing a unit reads and writes, the weights that it reads. Scales are read from the rank's table."""
+    return 0 if unit.part else packed_bytes - unit.nbytes

@@ -9,7 +9,7 @@ from wsync.plan.blocks import Unit
 from wsync.plan.classes import Classes, ClassKey, TensorClass, plan_classes
 from wsync.plan.delta_size import Densities
 from wsync.plan.demand import Boxes, Demand, Encodings, collect_demands
-from wsync.plan.flow_sizes import FlowSizes
+from wsync.plan.flow_sizes import FlowSizes, weight_bytes
 from wsync.plan.flows import DemandGroup, Lot
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings
@@ -69,6 +69,23 @@ class Model:
         """For each of `all_groups` what packing it once reads and writes."""
         packed = self.packed_bytes
         return [sum(packed[x.class_idx][x.unit_idx] * x.num_members for x in g.lots) for g in groups]
+
+    def group_host_bytes(self, groups: Sequence[DemandGroup]) -> list[int]:
+        """For each of `all_groups` the weights that packing it once reads."""
+        units = [
+            [weight_bytes(u, n) for u, n in zip(cls.blocks.units, packed, strict=True)]
+            for cls, packed in zip(self.classes, self.packed_bytes, strict=True)
+        ]
+        return [sum(units[x.class_idx][x.unit_idx] * x.num_members for x in g.lots) for g in groups]
+
+    def scanned_bytes(self, num_sources: int) -> list[int]:
+        """For each trainer rank the weights whose amaxes it finds before they are packed."""
+        found = [0] * num_sources
+        for cls, made in zip(self.classes, self.plan_classes, strict=True):
+            elem_bytes = itemsize(cls.members[0].encoding.dtype) * cls.members[0].encoding.recipe.packed
+            for rank, _, box in made.amax:
+                found[rank] += box.num_elements * elem_bytes * len(made.members)
+        return found
 
 
 class Models:

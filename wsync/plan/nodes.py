@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from wsync.plan.places import Lane, Port, Zones, find_islands, find_lanes, find_ports, find_zones, number_gpus
+from wsync.errors import ConfigError
+from wsync.plan.places import (
+    Lane,
+    Port,
+    Zones,
+    check_gpu,
+    find_islands,
+    find_lanes,
+    find_ports,
+    find_zones,
+    number_gpus,
+)
 from wsync.spec.cluster import Cluster, NodeGroup, default_cluster
-from wsync.spec.manifest import RankInfo, SinkManifest, SourceManifest
+from wsync.spec.manifest import DEVICE, HOST, RankInfo, SinkManifest, SourceManifest
 
 ATTOSECONDS = 10**18
 """Loads are compared in whole attoseconds: a byte at 400 GB/s takes 2 500 000, and sums stay exact."""
@@ -65,22 +76,48 @@ class Nodes:
     zone: tuple[int, ...]
     zones: Zones
 
+    @property
+    def has_offloaded(self) -> bool:
+        """Whether a trainer rank has its weights in host memory, beside a GPU."""
+        return any(lane.offloaded for lane in self.sources)
+
+    @property
+    def has_in_host(self) -> bool:
+        """Whether an engine rank keeps in host memory what it receives, beside a GPU."""
+        return any(lane.in_host for lane in self.sinks)
+
+    def on_device(self) -> Nodes:
+        """The same job if every rank that runs on a GPU kept there what is synced."""
+        sources = tuple(replace(lane, offloaded=False) for lane in self.sources)
+        return replace(self, sources=sources, sinks=tuple(replace(lane, in_host=False) for lane in self.sinks))
+
     def sink_nic(self, sink_idx: int, rail: int) -> int:
         """Index into ``nics`` of the one that a sink sends or receives on for a hop of ``rail``."""
         reach = self.sinks[sink_idx].reach
         return reach[rail % len(reach)]
 
 
+def check_place(what: str, info: RankInfo, cluster: Cluster) -> None:
+    """Refuse one rank by itself that names a GPU which its node does not have.
+
+    Raises:
+        ConfigError: names it and the GPUs of the node.
+    """
+    group = next((g for g in cluster.groups if info.host in g.node_names), None)
+    if group is not None and group.num_gpus and info.gpu is not None:
+        check_gpu(what, info.gpu, group)
+
+
 def find_nodes(source: SourceManifest, sink: SinkManifest, cluster: Cluster | None) -> Nodes:
     """Map ranks to nodes by their hosts; without a cluster, `default_cluster` of those hosts.
 
     Raises:
-        ConfigError: a host that the cluster does not have, or a GPU that its node does not have.
+        ConfigError: a host that the cluster does not have, a GPU that its node does not have, or a memory that is none.
     """
     infos: list[RankInfo] = [*source.ranks, *(r.info for r in sink.ranks)]
     count = len(source.ranks)
-    hosts, gpus = [i.host for i in infos], [i.gpu for i in infos]
-    return nodes_of(hosts[:count], hosts[count:], cluster, gpus[:count], gpus[count:])
+    hosts, gpus, memory = [i.host for i in infos], [i.gpu for i in infos], [i.memory for i in infos]
+    return nodes_of(hosts[:count], hosts[count:], cluster, gpus[:count], gpus[count:], memory[:count], memory[count:])
 
 
 def nodes_of(
@@ -89,8 +126,10 @@ def nodes_of(
     cluster: Cluster | None = None,
     source_gpus: Sequence[int | None] | None = None,
     sink_gpus: Sequence[int | None] | None = None,
+    source_memory: Sequence[str] | None = None,
+    sink_memory: Sequence[str] | None = None,
 ) -> Nodes:
-    """As `find_nodes`, from the host and the GPU of each trainer rank and of each sink."""
+    """As `find_nodes`, from the host, the GPU and the memory of each trainer rank and of each sink."""
     names = tuple(dict.fromkeys([*source_hosts, *sink_hosts]))
     cluster = cluster or default_cluster(names)
     group_of = cluster.group_by_host(names)
@@ -109,6 +148,8 @@ def nodes_of(
         groups,
     )
     sources, sinks = find_lanes(source_node, gpus[0], groups), find_lanes(sink_node, gpus[1], groups)
+    sources = tuple(replace(x, offloaded=True) if h else x for x, h in _in_host("trainer rank", sources, source_memory))
+    sinks = tuple(replace(x, in_host=True) if h else x for x, h in _in_host("sink", sinks, sink_memory))
     ports, (sources, sinks) = find_ports([n.rate_gbps for n in nics], sources, sinks)
     island, island_names = find_islands(names, groups, cluster)
     zone, zones = find_zones(groups, cluster)
@@ -128,3 +169,11 @@ def nodes_of(
         zone,
         zones,
     )
+
+
+def _in_host(what: str, lanes: Sequence[Lane], memory: Sequence[str] | None) -> Iterator[tuple[Lane, bool]]:
+    """Each rank's lane, and whether it runs on a GPU and keeps in host memory what is synced."""
+    for i, (lane, where) in enumerate(zip(lanes, memory or [DEVICE] * len(lanes), strict=True)):
+        if where not in (DEVICE, HOST):
+            raise ConfigError(f"{what} {i} keeps its weights in {where!r}, allowed are {DEVICE!r} and {HOST!r}")
+        yield lane, where == HOST and lane.gpu >= 0

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from wsync.errors import ConfigError
 from wsync.spec.cluster import Cluster, NodeGroup
 
 CLOSE = ("PIX", "PXB")
 """Paths of `NicPath` that make a NIC a GPU's own."""
+
+
+class Place(NamedTuple):
+    """One GPU."""
+
+    node: int
+    gpu: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,9 @@ class Lane:
         reach: indices of the NICs that it sends and receives on, ascending.
         own: those of ``reach`` that it reaches without NVLink.
         port: index of the port that is ``reach``; -1 if it reaches no NIC.
+        offloaded: a trainer rank whose weights are in the memory of its node and cross PCIe to its GPU to be packed.
+        in_host: an engine rank that keeps what it receives in the memory of its node, sends it on from there, and
+            brings it to its GPU over PCIe when it installs it.
     """
 
     node: int
@@ -32,6 +43,8 @@ class Lane:
     reach: tuple[int, ...]
     own: tuple[int, ...]
     port: int = -1
+    offloaded: bool = False
+    in_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +109,7 @@ def number_gpus(
             if gpu is None:
                 silent[node] = silent.get(node, 0) + 1
             elif groups[node].num_gpus:
-                _check_gpu(f"{what} {i}", gpu, groups[node])
+                check_gpu(f"{what} {i}", gpu, groups[node])
                 named.setdefault(node, set()).add(gpu)
     free = {n: [g for g in range(groups[n].num_gpus) if g not in named.get(n, ())] for n in silent}
     together = {n: iter(free[n]) for n, count in silent.items() if count <= len(free[n])}
@@ -121,12 +134,17 @@ def _numbered(
     return tuple(out)
 
 
-def _check_gpu(what: str, gpu: int, group: NodeGroup) -> None:
+def check_gpu(what: str, gpu: int, group: NodeGroup) -> None:
+    """Refuse a GPU that a node does not have.
+
+    Raises:
+        ConfigError: it names the GPU, ``what`` says that it runs there, and those of the node.
+    """
     if not 0 <= gpu < group.num_gpus:
         raise ConfigError(
             f"{what} says that it runs on GPU {gpu}, but nodes of group {group.name!r} have GPUs 0 to "
             f"{group.num_gpus - 1}",
-            hint="correct gpu in the rank's RankInfo, or num_gpus in the cluster file",
+            hint="correct gpu in the rank's RankInfo (wsync describe --gpus, --hosts), or num_gpus in the cluster file",
         )
 
 

@@ -15,7 +15,7 @@ from wsync.plan.flows import DemandGroup, Flow, Lot, Routing, Tree
 from wsync.plan.holdings import Holdings, check_source
 from wsync.plan.membership import Routed, patch
 from wsync.plan.model import Model, Models
-from wsync.plan.nodes import Nodes, find_nodes
+from wsync.plan.nodes import Nodes, check_place, find_nodes
 from wsync.plan.plans import Plan
 from wsync.plan.rank_classes import RankClasses, Sinks, mask_of
 from wsync.plan.route import route
@@ -153,10 +153,21 @@ class Planner:
         sinks, model, _ = self._survey(sink)
         return model.group_packed_bytes(model.all_groups(sinks))
 
-    def times(self, plan: Plan, sink: SinkManifest) -> Times:
-        """What every part of the cluster carries in the plan that this planner made for ``sink``, as it was timed."""
-        _, model, nodes = self._survey(sink)
-        return _times(model, nodes, plan.trees, plan.flows)
+    def host_bytes(self, sink: SinkManifest) -> list[int]:
+        """For each group of `demand` the weights that packing it once reads: from host memory on an offloaded rank."""
+        sinks, model, _ = self._survey(sink)
+        return model.group_host_bytes(model.all_groups(sinks))
+
+    def times(self, plan: Plan, sink: SinkManifest, nodes: Nodes | None = None) -> Times:
+        """What every part of the cluster carries in the plan that this planner made for ``sink``, as it was timed.
+
+        Args:
+            plan: of this planner.
+            sink: that it is for.
+            nodes: as if ranks ran there, or kept there what is synced; None for where they do.
+        """
+        _, model, own = self._survey(sink)
+        return _times(model, nodes or own, plan.trees, plan.flows)
 
     def _survey(self, sink: SinkManifest) -> tuple[Sinks, Model, Nodes]:
         if not sink.ranks:
@@ -182,6 +193,7 @@ class Planner:
             sinks.manifest,
             relay=self._options.relay,
             packed_bytes=model.group_packed_bytes(groups),
+            host_bytes=model.group_host_bytes(groups) if nodes.has_offloaded else None,
         )
         return Plan(
             format_version=FORMAT_VERSION,
@@ -215,7 +227,10 @@ class Planner:
 
         Raises:
             WsyncError: as `make_plan` for this rank alone, without a cluster.
+            ConfigError: it names a GPU that its node of the cluster does not have.
         """
+        if self._cluster is not None:
+            check_place(f"rank {rank.rank} of replica {rank.replica!r}", rank.info, self._cluster)
         if live is not None:
             self._awaited = mask_of({n for n in map(self._ranks.find, live) if n is not None})
             self._keep(self._awaited)
@@ -273,9 +288,10 @@ class Planner:
 
 def _times(model: Model, nodes: Nodes, trees: Sequence[Tree], flows: Sequence[Flow]) -> Times:
     sizes = model.flow_sizes.of(flows)
-    packed_bytes = [0] * len(nodes.sources)
+    packed_bytes, host_bytes = [0] * len(nodes.sources), [0] * len(nodes.sources)
     for flow, size in zip(flows, sizes, strict=True):
         packed_bytes[flow.src_rank] += size.packed_bytes
+        host_bytes[flow.src_rank] += size.host_bytes
     return plan_times(
         trees,
         flows,
@@ -283,6 +299,8 @@ def _times(model: Model, nodes: Nodes, trees: Sequence[Tree], flows: Sequence[Fl
         model.bucket_bytes,
         amax_elements=model.amax_elements,
         packed_bytes=packed_bytes,
+        host_bytes=host_bytes,
+        scanned_bytes=model.scanned_bytes(len(nodes.sources)) if nodes.has_offloaded else None,
         flow_buckets=[size.num_buckets for size in sizes],
     )
 

@@ -8,30 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-
-import msgspec
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from wsync.errors import ConfigError
 from wsync.plan.flows import LOCAL, Flow, Tree
+from wsync.plan.loads import LinkLoad, Parts
 from wsync.plan.nodes import Nodes
-from wsync.plan.places import Lane
+from wsync.plan.places import Lane, Place
 from wsync.plan.types import SOURCE
 
-
-class LinkLoad(msgspec.Struct, frozen=True, array_like=True):
-    """What one part of the cluster carries.
-
-    Attributes:
-        name: of the part, with the direction.
-        nbytes: through it.
-        seconds: that this takes it, with alpha for the messages of a rank.
-    """
-
-    name: str
-    nbytes: int
-    seconds: float
+__all__ = ["LinkLoad", "Times", "amax_s", "best_bucket_bytes", "plan_times", "scan_s"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +54,8 @@ def plan_times(
     *,
     amax_elements: int = 0,
     packed_bytes: Sequence[int] | None = None,
+    host_bytes: Sequence[int] | None = None,
+    scanned_bytes: Sequence[int] | None = None,
     flow_buckets: Sequence[int] | None = None,
 ) -> Times:
     """Predict the seconds of a plan.
@@ -78,12 +67,15 @@ def plan_times(
         bucket_bytes: size of a bucket.
         amax_elements: f32 elements of the vector that all trainer ranks exchange.
         packed_bytes: for each trainer rank the bytes that it reads and writes in GPU memory to pack.
+        host_bytes: for each trainer rank the bytes of weights that it packs: what it brings to its GPU first if it is
+            offloaded.
+        scanned_bytes: for each trainer rank the bytes of weights whose amaxes it finds before; likewise.
         flow_buckets: messages of each flow; None for as few as hold its bytes, where flows have no pieces yet.
 
     Raises:
         ConfigError: trainer ranks that exchange amaxes cannot reach each other.
     """
-    parts = _Parts(nodes)
+    parts = Parts(nodes)
     sent: dict[tuple[int, int], list[int]] = {}
     counts = flow_buckets if flow_buckets is not None else [-(-f.nbytes // bucket_bytes) for f in flows]
     for flow, count in zip(flows, counts, strict=True):
@@ -111,11 +103,51 @@ def plan_times(
             if src != SOURCE:
                 where = dst if rail == LOCAL else nodes.zone[nodes.sink_node[dst]]
                 parts.hop((False, src, rail, where), nbytes, messages)
+        for dst in trees[tree_idx].sinks:
+            parts.install(dst, nbytes)
+    if host_bytes is not None:
+        parts.gather(host_bytes)
     if packed_bytes is not None:
         parts.pack(packed_bytes)
     fill_s = max((_fill_s(trees[i], nodes, min(bucket_bytes, largest)) for i in sorted(by_tree)), default=0.0)
-    fill_s += parts.stage_s(bucket_bytes)
-    return Times(parts.loads(), fill_s, amax_s(nodes, amax_elements))
+    fill_s += parts.stage_s(bucket_bytes) + _host_stage_s(nodes, min(bucket_bytes, largest), sent, host_bytes)
+    return Times(parts.loads(), fill_s, scan_s(nodes, scanned_bytes) + amax_s(nodes, amax_elements))
+
+
+def _host_stage_s(
+    nodes: Nodes, bucket_bytes: int, sent: Mapping[tuple[int, int], Sequence[int]], host_bytes: Sequence[int] | None
+) -> float:
+    """What one bucket costs between host memory and GPUs, before it is packed and when it is installed."""
+    wire = [0] * len(nodes.sources)
+    for (rank, _), (nbytes, _) in sent.items():
+        wire[rank] += nbytes
+    gathers = [
+        nbytes / wire[rank] / _pcie_gbps(nodes, nodes.source_node[rank])
+        for rank, nbytes in enumerate(host_bytes or ())
+        if nodes.sources[rank].offloaded and wire[rank]
+    ]
+    installs = [1 / _pcie_gbps(nodes, lane.node) for lane in nodes.sinks if lane.in_host]
+    return bucket_bytes * (max(gathers, default=0.0) + max(installs, default=0.0)) / 1e9
+
+
+def _pcie_gbps(nodes: Nodes, node: int) -> float:
+    """Between host memory and one GPU of a node."""
+    group = nodes.groups[node]
+    return min(group.pcie_gbps or math.inf, 2 * group.host_gbps)
+
+
+def scan_s(nodes: Nodes, scanned_bytes: Sequence[int] | None) -> float:
+    """Seconds until offloaded trainer ranks have read over PCIe what they find amaxes of. From GPU memory it is taken
+    to cost nothing."""
+    by_gpu: Counter[Place] = Counter()
+    by_node: Counter[int] = Counter()
+    for lane, nbytes in zip(nodes.sources, scanned_bytes or [0] * len(nodes.sources), strict=True):
+        if lane.offloaded:
+            by_gpu[Place(lane.node, lane.gpu)] += nbytes
+            by_node[lane.node] += nbytes
+    seconds = [n / (_pcie_gbps(nodes, place.node) * 1e9) for place, n in by_gpu.items()]
+    seconds += [n / (2 * nodes.groups[node].host_gbps * 1e9) for node, n in by_node.items()]
+    return max(seconds, default=0.0)
 
 
 def _first_hops(tree: Tree, nodes: Nodes) -> tuple[list[tuple[tuple[int, int], int]], list[int]]:
@@ -202,7 +234,7 @@ def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
             continue
         here, there = nodes.sinks[src], nodes.sinks[dst]
         if rail == LOCAL:
-            rate = min(nodes.groups[here.node].local_gbps, nodes.groups[there.node].local_gbps)
+            rate = min(_local_gbps(nodes, here), _local_gbps(nodes, there))
         else:
             rate = min(nodes.nics[i].rate_gbps for i in (nodes.sink_nic(src, rail), nodes.sink_nic(dst, rail)))
         sent = busy.get((src, rail == LOCAL), at[src]) + bucket_bytes / (rate * 1e9)
@@ -211,140 +243,5 @@ def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
     return max(at.values())
 
 
-@dataclass(slots=True)
-class _Load:
-    rate_gbps: float
-    nbytes: int = 0
-    busy_s: float = 0.0
-    messages: int = 0
-
-
-@dataclass
-class _Parts:
-    """What every part of the cluster carries."""
-
-    nodes: Nodes
-    by_name: dict[str, _Load] = field(default_factory=dict)
-    paths: dict[tuple[bool, int, int, int], tuple[_Load, ...]] = field(default_factory=dict)
-    ends: dict[tuple[int, int], tuple[_Load, ...]] = field(default_factory=dict)
-
-    def hop(self, key: tuple[bool, int, int, int], nbytes: int, messages: int) -> None:
-        """Count what leaves by (whether a trainer rank sends, who, rail, zone); inside an island all of (.., sink)."""
-        path = self.paths.get(key)
-        if path is None:
-            path = self.paths[key] = self._path(*key)
-        for load in path:
-            load.nbytes += nbytes
-        path[0].messages += messages
-
-    def arrive(self, sink: int, rail: int, nbytes: int) -> None:
-        """Count the end of a hop from another island."""
-        path = self.ends.get((sink, rail))
-        if path is None:
-            path = self.ends[(sink, rail)] = self._end(sink, rail)
-        for load in path:
-            load.nbytes += nbytes
-
-    def copy(self, lane: Lane, nbytes: int) -> None:
-        """Count one pass through the memory of a node without GPUs."""
-        if lane.gpu < 0:
-            self._memory(lane).nbytes += nbytes
-
-    def pack(self, packed_bytes: Sequence[int]) -> None:
-        """Count what trainer ranks read and write to pack."""
-        for rank, nbytes in enumerate(packed_bytes):
-            lane = self.nodes.sources[rank]
-            rate = self.nodes.groups[lane.node].hbm_gbps
-            if lane.gpu >= 0 and rate is not None and nbytes:
-                self._part(f"memory of {self._gpu(lane)}", rate).nbytes += nbytes
-
-    def stage_s(self, bucket_bytes: int) -> float:
-        """What one bucket costs in the stages before and after the wire, which nothing overlaps."""
-        rates = [g.hbm_gbps or g.host_gbps for g in self.nodes.groups]
-        return 2 * bucket_bytes / (min(rates) * 1e9) if self.by_name else 0.0
-
-    def loads(self) -> tuple[LinkLoad, ...]:
-        """Everything that carries bytes, the busiest first."""
-        alpha_s = self.nodes.cluster.alpha_s
-        out = [
-            LinkLoad(name, load.nbytes, load.nbytes / (load.rate_gbps * 1e9) + load.messages * alpha_s)
-            for name, load in self.by_name.items()
-            if load.nbytes
-        ]
-        return tuple(sorted(out, key=lambda x: (-x.seconds, x.name)))
-
-    def _part(self, name: str, rate_gbps: float) -> _Load:
-        found = self.by_name.get(name)
-        if found is None:
-            found = self.by_name[name] = _Load(rate_gbps)
-        return found
-
-    def _path(self, from_source: bool, src: int, rail: int, where: int) -> tuple[_Load, ...]:
-        """What a hop goes through until it is in its zone; first the rank that sends."""
-        nodes = self.nodes
-        here = (nodes.sources if from_source else nodes.sinks)[src]
-        name = f"trainer rank {src}" if from_source else f"sink {src}"
-        if rail == LOCAL:
-            there = nodes.sinks[where]
-            return (self._sender(name, here, there, None), *self._inside(here, there))
-        out = here.reach[rail % len(here.reach)]
-        path = [self._sender(name, here, here, out)]
-        path += self._to_nic(here, out, "out")
-        path.append(self._part(nodes.nics[out].name + " out", nodes.nics[out].rate_gbps))
-        for i in nodes.zones.crossed[nodes.zone[here.node]][where]:
-            link = nodes.cluster.links[i // 2]
-            side = link.side_b if i % 2 else link.side_a
-            path.append(self._part(f"link {link.name} from {'+'.join(side)}", link.rate_gbps))
-        return tuple(path)
-
-    def _end(self, sink: int, rail: int) -> tuple[_Load, ...]:
-        """What a hop from another island goes through when it arrives."""
-        lane, nodes = self.nodes.sinks[sink], self.nodes
-        into = lane.reach[rail % len(lane.reach)]
-        nic = self._part(nodes.nics[into].name + " in", nodes.nics[into].rate_gbps)
-        return (nic, *self._to_nic(lane, into, "in"))
-
-    def _sender(self, name: str, lane: Lane, there: Lane, nic: int | None) -> _Load:
-        """The rank's own sequence of messages, as fast as the widest way out of it."""
-        group = self.nodes.groups[lane.node]
-        rate = max(group.local_gbps, (group.pcie_gbps or 0.0) if lane.gpu >= 0 else 0.0)
-        if nic is not None:
-            rate = self.nodes.ports[lane.port].rate_gbps
-        elif (lane.node, lane.gpu) == (there.node, there.gpu) and group.hbm_gbps and lane.gpu >= 0:
-            return self._part(f"memory of {name}'s GPU", group.hbm_gbps)
-        return self._part(f"sending of {name}" + (" to other nodes" if nic is not None else ""), rate)
-
-    def _inside(self, here: Lane, there: Lane) -> list[_Load]:
-        """A hop without NICs."""
-        if there.gpu < 0:
-            return [self._memory(there)]
-        if (here.node, here.gpu) == (there.node, there.gpu):
-            return []
-        if here.domain >= 0 and here.domain == there.domain:
-            return [self._nvlink(here, "out"), self._nvlink(there, "in")]
-        return [self._pcie(here, "out"), self._pcie(there, "in")]
-
-    def _gpu(self, lane: Lane) -> str:
-        """A GPU's name: a trainer rank and an engine rank that share it share its ways in and out."""
-        return f"GPU {lane.gpu} of node {self.nodes.names[lane.node]}"
-
-    def _nvlink(self, lane: Lane, way: str) -> _Load:
-        group = self.nodes.groups[lane.node]
-        return self._part(f"NVLink of {self._gpu(lane)} {way}", group.nvlink_gbps or group.local_gbps)
-
-    def _pcie(self, lane: Lane, way: str) -> _Load:
-        group = self.nodes.groups[lane.node]
-        return self._part(f"PCIe of {self._gpu(lane)} {way}", group.pcie_gbps or group.host_gbps)
-
-    def _memory(self, lane: Lane) -> _Load:
-        """The memory of a node without GPUs."""
-        return self._part(f"memory of node {self.nodes.names[lane.node]}", self.nodes.groups[lane.node].host_gbps)
-
-    def _to_nic(self, lane: Lane, nic: int, way: str) -> list[_Load]:
-        """Between a rank and a NIC of its node."""
-        if lane.gpu < 0:
-            # What leaves was counted when it was packed or received.
-            return [self._memory(lane)] if way == "in" else []
-        if lane.domain >= 0 and nic not in lane.own:
-            return [self._nvlink(lane, way)]
-        return [self._pcie(lane, way)]
+def _local_gbps(nodes: Nodes, lane: Lane) -> float:
+    return _pcie_gbps(nodes, lane.node) if lane.in_host else nodes.groups[lane.node].local_gbps

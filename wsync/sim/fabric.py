@@ -81,6 +81,7 @@ class Fabric:
         self._lost: set[int] = set()
         self._turn = 0
         self._pcie: dict[tuple[int, int, int], bool] = {}
+        self._staging = {(x.node, x.gpu) for _, lanes in sides for x in lanes if x.offloaded or x.in_host}
 
     def _add(self, name: str, kind: str, rate_gbps: float, node: int | None = None) -> int:
         factor = 1.0
@@ -97,8 +98,10 @@ class Fabric:
         gpus = range(group.num_gpus)
         host, hbm, pcie = group.host_gbps, group.hbm_gbps, group.pcie_gbps
         has_nvlink = group.nvlink_domain > 1 and group.nvlink_gbps is not None
+        # A copy reads and writes; what passes between the memory of a node and its GPUs or ports does one of the two.
+        memory = ("host memory", 2 * host) if gpus else ("memory", host)
         return NodeParts(
-            self._add("memory", "host", host, node),
+            self._add(memory[0], "host", memory[1], node),
             tuple(self._add(f"hbm{g}", "hbm", hbm or host, node) for g in gpus),
             tuple(self._add_pair(node, f"nvlink{g}", "nvlink", group.nvlink_gbps or host) for g in gpus if has_nvlink),
             tuple(self._add_pair(node, f"pcie{g}", "pcie", pcie or host) for g in gpus),
@@ -122,12 +125,22 @@ class Fabric:
         core = self._ranks[id(lane)].core
         return (parts.host,) if core < 0 else (core, parts.host)
 
+    def from_host(self, lane: Lane) -> Path:
+        """What a rank occupies that brings bytes from the memory of its node to its GPU.
+
+        PCIe first, so that the GPUs of a node take turns in its memory: all buckets of a rank queue at once.
+        """
+        parts = self.parts[lane.node]
+        return (parts.pcie[lane.gpu].into, parts.host)
+
     def hop_passes(self, a: Lane, b: Lane) -> float:
         """Bytes that a hop moves through its path for each byte on the wire."""
         if not self.is_local(a, b):
             return 1.0
         if b.gpu < 0:
             return self.costs.hop if self.costs is not None else 1.0
+        if a.in_host or b.in_host:
+            return 2.0 if a.in_host and b.in_host and a.node == b.node else 1.0
         return 2.0 if (a.node, a.gpu) == (b.node, b.gpu) else 1.0
 
     def is_local(self, a: Lane, b: Lane) -> bool:
@@ -147,11 +160,24 @@ class Fabric:
         here, there = self.parts[a.node], self.parts[b.node]
         if b.gpu < 0:
             return self.memory(b) if self.costs is not None else (self._ranks[id(a)].local, there.host)
+        if a.in_host or b.in_host:
+            return self._through_host(a, b)
         if (a.node, a.gpu) == (b.node, b.gpu):
             return (here.hbm[a.gpu],)
         if a.domain >= 0 and a.domain == b.domain:
             return (here.nvlink[a.gpu].out, there.nvlink[b.gpu].into)
         return (here.pcie[a.gpu].out, there.pcie[b.gpu].into)
+
+    def _through_host(self, a: Lane, b: Lane) -> Path:
+        """As `wsync.plan.loads` counts it; a copy inside one memory passes it twice."""
+        here, there = self.parts[a.node], self.parts[b.node]
+        if a.node != b.node:
+            up = self.from_host(a) if a.in_host else ()
+            down = (there.pcie[b.gpu].out, there.host) if b.in_host else ()
+            return (*up, here.nvlink[a.gpu].out, there.nvlink[b.gpu].into, *down)
+        if a.in_host:
+            return (here.host,) if b.in_host else self.from_host(b)
+        return (here.pcie[a.gpu].out, there.host)
 
     def _remote(self, a: Lane, b: Lane, rail: int) -> Path | None:
         out, into = self._port(a, rail, 0), self._port(b, rail, 1)
@@ -185,6 +211,8 @@ class Fabric:
         parts = self.parts[lane.node]
         if lane.gpu < 0:  # what leaves was in memory when it was packed or received
             return (parts.host,) if direction else ()
+        if lane.in_host:
+            return (parts.host,)
         if lane.domain >= 0 and nic not in lane.own:
             return (parts.nvlink[lane.gpu][direction],)
         return (parts.pcie[lane.gpu][direction],) if self._pcie_counts(lane) else ()
@@ -199,7 +227,8 @@ class Fabric:
         if key not in self._pcie:
             own_gbps = math.fsum(self.nodes.nics[i].rate_gbps for i in lane.own)
             pcie_gbps = self.nodes.groups[lane.node].pcie_gbps
-            self._pcie[key] = lane.domain < 0 or pcie_gbps is None or own_gbps > pcie_gbps
+            is_shared = lane.domain < 0 or (lane.node, lane.gpu) in self._staging
+            self._pcie[key] = is_shared or pcie_gbps is None or own_gbps > pcie_gbps
         return self._pcie[key]
 
     def node_index(self, host: str) -> int:

@@ -35,15 +35,17 @@ def needed_bytes(
 ) -> dict[tuple[int, int], int]:
     """Bytes of weights and staged buckets on each GPU, as (node, GPU); ranks that share a GPU add up."""
     needed: dict[tuple[int, int], int] = defaultdict(int)
-    weights = [0] * len(nodes.sources) if options.offloaded else source_bytes(source)
+    weights = source_bytes(source)
     for rank, lane in enumerate(nodes.sources):
         if lane.gpu >= 0:
-            needed[lane.node, lane.gpu] += weights[rank] + plan.source_memory_bytes(rank)
+            held = 0 if lane.offloaded else weights[rank]
+            needed[lane.node, lane.gpu] += held + plan.source_memory_bytes(rank)
     mode = "paused" if options.install == "in_place" else "staged"
     live = sink_bytes(sink)
     for sink_idx, lane in enumerate(nodes.sinks):
         if lane.gpu >= 0:
-            needed[lane.node, lane.gpu] += live[sink_idx] + plan.sink_memory_bytes(sink_idx, mode)
+            staged = 0 if lane.in_host else plan.sink_memory_bytes(sink_idx, mode)
+            needed[lane.node, lane.gpu] += live[sink_idx] + staged
     return dict(needed)
 
 

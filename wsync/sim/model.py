@@ -7,7 +7,7 @@ import math
 from wsync.errors import PlanMismatchError
 from wsync.plan.flows import Flow, Tree
 from wsync.plan.plans import Plan, PlanClass
-from wsync.plan.timing import amax_s
+from wsync.plan.timing import amax_s, scan_s
 from wsync.plan.types import MODE_SCALED, SOURCE
 from wsync.sim.fabric import Fabric
 from wsync.sim.work import Road, Stream, Work
@@ -16,7 +16,7 @@ from wsync.spec.manifest import SinkManifest, SourceManifest
 from wsync.spec.recipes import get_recipe
 
 
-def build_work(plan: Plan, source: SourceManifest, sink: SinkManifest, fabric: Fabric, *, offloaded: bool) -> Work:
+def build_work(plan: Plan, source: SourceManifest, sink: SinkManifest, fabric: Fabric) -> Work:
     """Everything that a plan does, on the resources of a cluster.
 
     Raises:
@@ -38,7 +38,7 @@ def build_work(plan: Plan, source: SourceManifest, sink: SinkManifest, fabric: F
                 roads[key] = _road(fabric, flow.src_rank, plan.trees[flow.tree_idx])
             streams.append(_stream(plan, flow, roads[key], reads))
     replicas = [rank.replica for rank in sink.ranks]
-    return Work(fabric, replicas, streams, amax_seconds(plan, source, fabric), offloaded)
+    return Work(fabric, replicas, streams, amax_seconds(plan, source, fabric))
 
 
 def _road(fabric: Fabric, rank: int, tree: Tree) -> Road:
@@ -50,11 +50,12 @@ def _road(fabric: Fabric, rank: int, tree: Tree) -> Road:
 
 
 def _stream(plan: Plan, flow: Flow, road: Road, reads: list[list[float]]) -> Stream:
-    read = packed = 0.0
+    read = packed = weights = 0.0
     waits = False
     for e in flow.entries:
         unit = plan.classes[e.class_idx].units[e.unit_idx]
         read += reads[e.class_idx][e.unit_idx] * (e.end - e.first)
+        weights += reads[e.class_idx][e.unit_idx] * (e.end - e.first) if unit.part == 0 else 0.0
         packed += unit.nbytes * (e.end - e.first)
         waits |= unit.mode == MODE_SCALED
     return Stream(
@@ -65,6 +66,7 @@ def _stream(plan: Plan, flow: Flow, road: Road, reads: list[list[float]]) -> Str
         plan.num_buckets(flow),
         read / packed if packed else 1.0,
         waits,
+        weights / packed if packed else 1.0,
     )
 
 
@@ -82,12 +84,12 @@ def amax_seconds(plan: Plan, source: SourceManifest, fabric: Fabric) -> float:
     nodes = fabric.nodes
     read = [0.0] * len(nodes.sources)
     for cls in plan.classes:
-        elem_bytes = itemsize(source.tensors[cls.members[0]].dtype)
+        elem_bytes = itemsize(source.tensors[cls.members[0]].dtype) * get_recipe(cls.recipe).packed
         for rank, _, box in cls.amax:
             read[rank] += math.prod(box.shape) * elem_bytes * len(cls.members)
-    scan_s = 0.0
+    scanned_s = scan_s(nodes, [round(x) for x in read])
     for lane, nbytes in zip(nodes.sources, read, strict=True):
         group = nodes.groups[lane.node]
         rate = 2 * group.host_gbps if lane.gpu < 0 else group.hbm_gbps or group.host_gbps
-        scan_s = max(scan_s, nbytes / (rate * 1e9))
-    return scan_s + amax_s(nodes, plan.amax_elements)
+        scanned_s = max(scanned_s, nbytes / (rate * 1e9))
+    return scanned_s + amax_s(nodes, plan.amax_elements)

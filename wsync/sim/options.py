@@ -12,6 +12,7 @@ import msgspec
 
 from wsync.errors import ConfigError
 from wsync.spec.cluster import MAX_RATE_GBPS
+from wsync.spec.manifest import HOST, SourceManifest
 
 MIN_FACTOR = 1e-6
 MAX_TIME_S = 1e6
@@ -68,7 +69,8 @@ class SimOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         without: names of replicas that are not there: the plan is made for the others.
         install: ``staged`` as `Sink` does it (live memory is written after the vote), or ``in_place`` (each bucket as
             it comes, while the engine does not serve).
-        offloaded: trainers hold their weights in host memory and gather them over PCIe.
+        offloaded: take every trainer rank to have its weights in host memory, as a manifest says it by
+            `RankInfo.memory`. A scenario is planned so as well.
         start_s, vote_s: of control messages: from the publish to the first packing, and from the last staged rank to
             the first write; None for two messages each.
         host: what ranks without a GPU do, as measured; None for copies at the rate of the cluster file.
@@ -91,6 +93,13 @@ class SimOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_memory_gb: float | None = None
     jitter: float = 0.0
     seed: int = 0
+
+    def source_of(self, source: SourceManifest) -> SourceManifest:
+        """The trainer as it is planned and simulated: with `offloaded` all of its weights are in host memory."""
+        if not self.offloaded:
+            return source
+        ranks = tuple(msgspec.structs.replace(rank, memory=HOST) for rank in source.ranks)
+        return msgspec.structs.replace(source, ranks=ranks)
 
 
 def check_options(options: SimOptions) -> None:

@@ -55,6 +55,7 @@ class Simulation:
         check_options(options)
         if cluster is not None:
             check_cluster(cluster)
+        source = options.source_of(source)
         nodes = find_nodes(source, sink, cluster)
         fabric = Fabric(nodes, {s.node: s.factor for s in options.stragglers}, options.host)
         for straggler in options.stragglers:
@@ -62,7 +63,7 @@ class Simulation:
         self._plan = plan
         _check_without(options, sink)
         self._memory_notes = memory_notes(plan, source, sink, nodes, options)
-        self._work = build_work(plan, source, sink, fabric, offloaded=options.offloaded)
+        self._work = build_work(plan, source, sink, fabric)
         messages_s = 2 * nodes.cluster.alpha_s
         self._sync = Sync(
             self._work,

@@ -100,7 +100,7 @@ class Scenario:
         if self.plan is not None:
             return self.plan, None
         begin = time.perf_counter()
-        plan = make_plan(self.source, self.sink, self.cluster, self.plan_options)
+        plan = make_plan(self.options.source_of(self.source), self.sink, self.cluster, self.plan_options)
         return plan, time.perf_counter() - begin
 
 

@@ -165,10 +165,9 @@ class Sync:
                 self.engine.submit(self._first_step(bucket))
 
     def _first_step(self, bucket: Bucket) -> Job:
-        work, stream = self.work, bucket.stream
-        if not work.offloaded:
-            return work.pack_job(bucket, _PACK)
-        return work.gather_job(work.sources[stream.rank], bucket, _GATHER, bucket.nbytes * stream.read_bytes)
+        if self.work.sources[bucket.stream.rank].offloaded:
+            return self.work.gather_job(bucket, _GATHER)
+        return self.work.pack_job(bucket, _PACK)
 
     def _done(self, job: Job, now: float) -> None:
         tag = job.tag

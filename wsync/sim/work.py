@@ -99,6 +99,7 @@ class Stream:
         nbytes: on the wire, all buckets together.
         num_buckets: that they are cut into, equal but for the last.
         read_bytes: of trainer memory that packing reads for each wire byte.
+        weight_bytes: of these, weights, which an offloaded rank gathers before.
         waits: packing needs the exchanged amaxes.
     """
 
@@ -109,6 +110,7 @@ class Stream:
     num_buckets: int
     read_bytes: float = 1.0
     waits: bool = False
+    weight_bytes: float = 1.0
 
     def sizes(self) -> Iterator[int]:
         """Wire bytes of each bucket."""
@@ -141,14 +143,12 @@ class Work:
         replica_of: name of the replica of each sink.
         streams: of all trainer ranks.
         amax_s: seconds until scaled buckets may be packed.
-        offloaded: the trainer's weights are in host memory and cross PCIe before they are packed.
     """
 
     fabric: Fabric
     replica_of: list[str]
     streams: list[Stream]
     amax_s: float = 0.0
-    offloaded: bool = False
 
     @property
     def sources(self) -> tuple[Lane, ...]:
@@ -160,10 +160,10 @@ class Work:
         """Where the engine ranks are."""
         return self.fabric.nodes.sinks
 
-    def gather_job(self, lane: Lane, owner: object, tag: int, nbytes: float) -> Job:
-        """A job that brings offloaded weights to the GPU, or through host memory where there is none."""
-        path = self.fabric.memory(lane) if lane.gpu < 0 else (self.fabric.parts[lane.node].pcie[lane.gpu].into,)
-        return Job(owner, tag, path, round(nbytes))
+    def gather_job(self, bucket: Bucket, tag: int) -> Job:
+        """A job that brings the weights of a bucket from host memory to the GPU that packs them."""
+        path = self.fabric.from_host(self.sources[bucket.stream.rank])
+        return Job(bucket, tag, path, round(bucket.nbytes * bucket.stream.weight_bytes))
 
     def pack_job(self, bucket: Bucket, tag: int) -> Job:
         """A job that reads trainer memory and writes a bucket."""
@@ -173,10 +173,12 @@ class Work:
         return self._memory_job(self.sources[stream.rank], bucket, tag, bucket.nbytes, stream.read_bytes, passes)
 
     def install_job(self, sink_idx: int, tag: int, nbytes: int) -> Job:
-        """A job that reads staged bytes and writes live memory."""
-        costs = self.fabric.costs
+        """A job that reads staged bytes and writes live memory; from host memory in one pass over PCIe."""
+        lane, costs = self.sinks[sink_idx], self.fabric.costs
+        if lane.in_host:
+            return Job(None, tag, (*self.fabric.from_host(lane), *self.fabric.memory(lane)), nbytes)
         passes = None if costs is None else costs.install
-        return self._memory_job(self.sinks[sink_idx], None, tag, nbytes, 1.0, passes)
+        return self._memory_job(lane, None, tag, nbytes, 1.0, passes)
 
     def _memory_job(
         self, lane: Lane, owner: Bucket | None, tag: int, nbytes: int, read: float, passes: float | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final, Literal
 
 import msgspec
 
@@ -13,6 +14,11 @@ from wsync.spec.dtypes import itemsize
 PARAMETER = "parameter"
 BUFFER = "buffer"
 """The kinds of a tensor."""
+
+Memory = Literal["device", "host"]
+DEVICE: Final = "device"
+HOST: Final = "host"
+"""Where a rank that runs on a GPU keeps what is synced: in the GPU's memory, or in that of its node."""
 
 MAX_DIMS = 32
 """Dimensions that a tensor may have."""
@@ -42,7 +48,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recipe: str | None = None
 
 
-class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where one rank runs.
 
     Attributes:
@@ -52,12 +58,16 @@ class RankInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         gpu: index of its GPU on the machine, as in the cluster file. None leaves it to the planner: it takes trainer
             and engine ranks of one machine to run on different GPUs if there are enough, numbered in order, trainer
             ranks first; if not, both sides to share GPUs, each numbered from 0.
+        memory: where a trainer rank has its weights, or an engine rank what it receives until it installs that:
+            `DEVICE`, or `HOST`, from which every byte crosses PCIe to the rank's GPU. On a machine without GPUs it says
+            nothing.
     """
 
     host: str
     pid: int = 0
     pid_namespace: str = ""
     gpu: int | None = None
+    memory: Memory = DEVICE
 
 
 class SourceRankManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wsync.adapters.gpus import on_its_gpu
 from wsync.adapters.trainers.declared import Declared, with_recipes
 from wsync.adapters.trainers.named import NamedTensor, named_tensors, replaced_in
 from wsync.adapters.trainers.placements import held_memory, is_dtensor, local_of
@@ -97,7 +98,7 @@ def describe(
         model_or_tensors: a module (its parameters and persistent buffers, named as in ``state_dict()``), or a mapping
             of names to torch tensors, DTensors, NumPy arrays or anything with ``__dlpack__``. Nothing is copied.
         rank, world_size: as in torch.distributed.
-        info: where this rank runs.
+        info: where this rank runs; the GPU that it uses, if any, and where its weights are beside it are added.
         name_map: gives the checkpoint name for the model's own name.
         recipe: for engines that declare none, see `with_recipes`.
 
@@ -130,6 +131,8 @@ def describe(
         )
         memory.append([] if is_alias else held_memory(entry.name, entry.tensor))
     shards: tuple[tuple[Box, ...], ...] = tuple(tuple(m.box for m in held) for held in memory)
+    in_host = any(t.numel() and t.device.type == "cpu" for t in (local_of(e.tensor) for e in entries))
+    info = on_its_gpu(info, in_host=in_host)
     return SourceDescription(
         manifest=SourceRankManifest(rank, world_size, info, with_recipes(tuple(specs), recipe), shards),
         memory=memory,

@@ -19,11 +19,16 @@ from wsync.describe.ranks import rank_infos
 from wsync.describe.trainers.fsdp import num_experts
 from wsync.describe.trainers.scheme import num_layers
 from wsync.errors import ConfigError, ManifestError, RecipeError
-from wsync.spec.manifest import CopySpec, SinkManifest, SinkRankManifest, StorageSpec
+from wsync.spec.manifest import DEVICE, CopySpec, Memory, SinkManifest, SinkRankManifest, StorageSpec
 
 
 def describe_sink(
-    model: ModelShape, layout: str, hosts: Sequence[str], recipe: str, gpus: Sequence[int] | None = None
+    model: ModelShape,
+    layout: str,
+    hosts: Sequence[str],
+    recipe: str,
+    gpus: Sequence[int] | None = None,
+    memory: Memory = DEVICE,
 ) -> SinkManifest:
     """What every rank of all replicas of an engine needs, and where in its memory that goes.
 
@@ -36,6 +41,7 @@ def describe_sink(
         hosts: the host of each rank, replica by replica.
         recipe: of the weights of linear layers and experts; what engines do not quantise stays ``bf16`` or ``raw``.
         gpus: the GPU of each rank on its host; None leaves it to the planner, as `RankInfo` says.
+        memory: where ranks keep what they receive until they install it, as `RankInfo` says.
 
     Raises:
         ConfigError: a layout that is malformed, or does not divide the world or the model.
@@ -67,7 +73,7 @@ def describe_sink(
                 copies=ranks[i % grid.size].copies,
                 scale_groups=ranks[i % grid.size].scale_groups,
             )
-            for i, info in enumerate(rank_infos(hosts, gpus))
+            for i, info in enumerate(rank_infos(hosts, gpus, memory))
         )
     )
 

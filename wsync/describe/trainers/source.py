@@ -17,7 +17,7 @@ from wsync.describe.trainers.scheme import Keys, Scheme, Shards
 from wsync.describe.trainers.zero3 import Zero3
 from wsync.errors import ConfigError, MissingTensorError
 from wsync.spec.dtypes import itemsize
-from wsync.spec.manifest import PARAMETER, SourceManifest, TensorSpec
+from wsync.spec.manifest import DEVICE, PARAMETER, Memory, SourceManifest, TensorSpec
 
 _FSDP, _MEGATRON, _ZERO3 = "FSDP2", "Megatron-Core", "ZeRO-3"
 
@@ -33,6 +33,7 @@ def describe_source(
     hosts: Sequence[str],
     dtype: str = "bfloat16",
     gpus: Sequence[int] | None = None,
+    memory: Memory = DEVICE,
 ) -> SourceManifest:
     """What every rank of a trainer holds.
 
@@ -45,6 +46,7 @@ def describe_source(
         hosts: the host of each rank.
         dtype: of the parameters that ranks hold; ``float32`` for masters.
         gpus: the GPU of each rank on its host; None leaves it to the planner, as `RankInfo` says.
+        memory: where ranks have their weights, as `RankInfo` says: ``"host"`` for an offloaded trainer.
 
     Raises:
         ConfigError: a layout that is malformed, or does not divide the world or the model.
@@ -76,7 +78,7 @@ def describe_source(
             found[key] = equal.setdefault(held, held)
             _check_cover(tensor, held, layout)
         shards.append(found[key])
-    ranks = rank_infos(hosts, gpus)
+    ranks = rank_infos(hosts, gpus, memory)
     return SourceManifest(ranks, tensors, tuple(shards))
 
 

@@ -7,7 +7,10 @@ A plan here is one in which trainer ranks only send what they hold, engine ranks
 and a rank uses the NICs that `wsync.plan.places` says it reaches. The cuts of nodes, of NVLink domains that span nodes
 and of links hold of every other plan too. Those of the NICs of some ranks and of the traffic between nodes do not: a
 GPU that copies what it does not need over PCIe to lend its NIC to another would beat them. So would one that lends its
-PCIe to a GPU of its own NVLink domain beat those of single ranks.
+PCIe to a GPU of its own NVLink domain beat those of single ranks and those of PCIe. Weights in host memory are packed
+on the GPU of a rank that holds them, each piece brought there for itself, and engine ranks that keep in host memory
+what they receive have a copy each: a trainer that feeds two recipes from one pass over PCIe, or packs on the host, and
+ranks that share one copy in the memory of their node would beat the cuts of what is staged.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 
 from wsync.plan.cuts.links import guarded_cuts, link_cuts
 from wsync.plan.cuts.search import bits_of, entering, grown, island_rates, leaving, worst_senders
+from wsync.plan.cuts.staged import staged_cuts
 from wsync.plan.cuts.tally import Tally, tally
 from wsync.plan.flows import DemandGroup
 from wsync.plan.nodes import Nodes
@@ -37,6 +41,7 @@ def find_bounds(
     relay: bool = True,
     nbytes: Sequence[int] | None = None,
     packed_bytes: Sequence[int] | None = None,
+    host_bytes: Sequence[int] | None = None,
 ) -> tuple[Bound, ...]:
     """Every cut that is looked at, the slowest first.
 
@@ -48,21 +53,24 @@ def find_bounds(
         nbytes: of each group on another wire (all in bf16, say), in place of its own.
         packed_bytes: of each group, read and written in the memory of the GPU that packs it. `plan_times` takes the
             same by trainer rank.
+        host_bytes: of each group, weights that are packed: what an offloaded trainer rank brings to its GPU first.
     """
-    return _Cuts(tally(groups, nodes, nbytes, packed_bytes), nodes, relay).all(sink)
+    return _Cuts(tally(groups, nodes, nbytes, packed_bytes, host_bytes), nodes, relay).all(sink)
 
 
-def gpu_gbps(nodes: Nodes, lane: Lane) -> float:
+def gpu_gbps(nodes: Nodes, lane: Lane, *, beside_host: bool = False) -> float:
     """GB/s at which one rank's GPU exchanges bytes with all others: NVLink and PCIe, else PCIe, else host memory.
 
-    Over PCIe go the GPU's own NICs, and where a node has several NVLink domains whatever is between them.
+    Over PCIe go the GPU's own NICs, and where a node has several NVLink domains whatever is between them; also what is
+    exchanged with engine ranks that keep it in the memory of the node (``beside_host``).
     """
     group = nodes.groups[lane.node]
     if lane.domain < 0 or group.nvlink_gbps is None:
         return group.local_gbps
     own = sum(nodes.nics[i].rate_gbps for i in lane.own)
     pcie = group.pcie_gbps or own
-    return group.nvlink_gbps + (pcie if group.nvlink_domain < group.num_gpus else min(own, pcie))
+    is_only_of_nics = group.nvlink_domain >= group.num_gpus and not beside_host
+    return group.nvlink_gbps + (min(own, pcie) if is_only_of_nics else pcie)
 
 
 class _Cuts:
@@ -81,6 +89,8 @@ class _Cuts:
         for name, nbytes, rate in link_cuts(self.total.flux, self.nodes):
             self._add(name, nbytes, rate)
         for name, nbytes, rate in guarded_cuts(self.total.flux, self.nodes, self.rates, self._names):
+            self._add(name, nbytes, rate)
+        for name, nbytes, rate in staged_cuts(self.total, self.nodes):
             self._add(name, nbytes, rate)
         self._ranks(sink)
         self._memory()
@@ -189,13 +199,17 @@ class _Cuts:
 
     def _ranks(self, sink: SinkManifest | None) -> None:
         nodes = self.nodes
+        hosts = {lane.node for lane in nodes.sinks if lane.in_host}
         for rank, nbytes in enumerate(self.total.rank_out):
             lane = nodes.sources[rank]
-            self._add(f"egress of trainer rank {rank}", nbytes, gpu_gbps(nodes, lane))
+            rate = gpu_gbps(nodes, lane, beside_host=lane.node in hosts)
+            self._add(f"egress of trainer rank {rank}", nbytes, rate)
         for i, nbytes in enumerate(self.total.sink_in):
             lane = nodes.sinks[i]
+            if lane.in_host:
+                continue  # all that it installs crosses PCIe, and that is a cut of its own
             name = f"rank {sink.ranks[i].rank} of replica {sink.ranks[i].replica}" if sink else f"sink {i}"
-            self._add(f"install on {name}", nbytes, gpu_gbps(nodes, lane))
+            self._add(f"install on {name}", nbytes, gpu_gbps(nodes, lane, beside_host=lane.node in hosts))
 
     def _memory(self) -> None:
         for i, group in enumerate(self.nodes.groups):

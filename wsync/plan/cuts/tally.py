@@ -8,14 +8,7 @@ from typing import NamedTuple
 
 from wsync.plan.flows import DemandGroup
 from wsync.plan.nodes import Nodes
-from wsync.plan.places import Lane
-
-
-class Place(NamedTuple):
-    """One GPU."""
-
-    node: int
-    gpu: int
+from wsync.plan.places import Lane, Place
 
 
 class Flux(NamedTuple):
@@ -49,6 +42,7 @@ class Tally:
         rank_out: bytes that only this trainer rank holds and that another GPU needs.
         packed: bytes read and written to pack what only the ranks of a set hold, by set.
         memory: bytes through the memory of each node without GPUs.
+        gathered: bytes of weights that are packed from host memory, by the GPUs of those that hold them, all offloaded.
     """
 
     flux: list[Flux] = field(default_factory=list)
@@ -59,6 +53,7 @@ class Tally:
     rank_out: list[int] = field(default_factory=list)
     packed: dict[tuple[int, ...], int] = field(default_factory=dict)
     memory: list[int] = field(default_factory=list)
+    gathered: dict[frozenset[Place], int] = field(default_factory=dict)
 
 
 def tally(
@@ -66,9 +61,13 @@ def tally(
     nodes: Nodes,
     nbytes: Sequence[int] | None = None,
     packed_bytes: Sequence[int] | None = None,
+    host_bytes: Sequence[int] | None = None,
 ) -> Tally:
     """Sum up ``groups``, with ``nbytes`` in place of their own where given."""
-    return _Counter(nodes).count(groups, nbytes, packed_bytes)
+    counter = _Counter(nodes)
+    if host_bytes is not None and nodes.has_offloaded:
+        counter.count_gathered(groups, host_bytes)
+    return counter.count(groups, nbytes, packed_bytes)
 
 
 class _Counter:
@@ -113,6 +112,19 @@ class _Counter:
         self._count_needed(away)
         self._count_memory()
         return total
+
+    def count_gathered(self, groups: Sequence[DemandGroup], host_bytes: Sequence[int]) -> None:
+        """Weights of which some holder has them on its GPU need not be gathered."""
+        gathered, lanes = self.total.gathered, self.nodes.sources
+        places_of: dict[tuple[int, ...], frozenset[Place]] = {}
+        for group, nbytes in zip(groups, host_bytes, strict=True):
+            places = places_of.get(group.holders)
+            if places is None:
+                held = [lanes[r] for r in group.holders]
+                away = all(lane.offloaded for lane in held)
+                places = places_of[group.holders] = frozenset(Place(x.node, x.gpu) for x in held if away)
+            if places and nbytes:
+                gathered[places] = gathered.get(places, 0) + nbytes
 
     def _add(self, ranks: tuple[int, ...], lanes: Sequence[Lane], known: dict[tuple[int, ...], _Ranks]) -> _Ranks:
         islands, places, ports = 0, set(), set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,9 @@ from wsync.plan.route.survey import Bundle, Leg
 MACHINE_RATE = 10**21
 """Speeds are this over a cost in attoseconds, so that whole numbers keep their precision."""
 LOCAL_PORT = -1
+
+Cut = Callable[[list[list[int]], int, int, int], list[tuple[int, int]]]
+"""`take`, or `spread`."""
 
 
 class Load(NamedTuple):
@@ -51,7 +54,9 @@ def assign(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, nodes: No
         nodes: of the job.
         bucket_bytes: legs are cut at multiples of this.
     """
-    runs = _by_port(legs, bundles, fans, bucket_bytes)
+    # Behind a port every rank has its own PCIe: what comes over it is spread over the ports leg by leg, and with that
+    # over their ranks, where else whole legs fill one port after the other and fewer pieces are cut.
+    runs = _by_port(legs, bundles, fans, bucket_bytes, spread if nodes.has_offloaded else take)
     rank_speed = [MACHINE_RATE // byte_cost(nodes.groups[n].local_gbps) for n in nodes.source_node]
     load = [0] * len(rank_speed)
     queues = _rank_queues(runs, legs, load, rank_speed)
@@ -86,7 +91,7 @@ def _rank_queues(
     return {k: _queue(s) for k, s in zip(total, shares, strict=True)}
 
 
-def _by_port(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, bucket_bytes: int) -> list[Run]:
+def _by_port(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, bucket_bytes: int, cut: Cut) -> list[Run]:
     work = [(b.nbytes * fans.of[i].source // GRAIN, b.ports) for i, b in enumerate(bundles) if not b.family.local]
     total: dict[tuple[int, ...], int] = {}
     for amount, ports in work:
@@ -100,16 +105,16 @@ def _by_port(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, bucket_
             run.loads = [Load(x, -1, legs[x].nbytes) for x in bundle.legs]
             out.append(run)
         else:
-            out += _cut_bundle(i, bundle, legs, queues[bundle.ports], fans.of[i].source, bucket_bytes)
+            out += _cut_bundle(i, bundle, legs, queues[bundle.ports], fans.of[i].source, bucket_bytes, cut)
     return out
 
 
 def _cut_bundle(
-    idx: int, bundle: Bundle, legs: Sequence[Leg], queue: list[list[int]], source: int, bucket_bytes: int
+    idx: int, bundle: Bundle, legs: Sequence[Leg], queue: list[list[int]], source: int, bucket_bytes: int, cut: Cut
 ) -> list[Run]:
     runs: dict[int, Run] = {}
     for leg_idx in bundle.legs:
-        for port, nbytes in take(queue, legs[leg_idx].nbytes, bucket_bytes, source):
+        for port, nbytes in cut(queue, legs[leg_idx].nbytes, bucket_bytes, source):
             run = runs.get(port)
             if run is None:
                 run = runs[port] = Run(idx, port)
@@ -137,6 +142,23 @@ def take(queue: list[list[int]], nbytes: int, bucket_bytes: int, source: int = G
             # What this machine took too much of, or was spared, the next one makes up for.
             rest = queue.pop()[1]
             queue[-1][1] += rest
+    return cuts
+
+
+def spread(queue: list[list[int]], nbytes: int, bucket_bytes: int, source: int = GRAIN) -> list[tuple[int, int]]:
+    """As `take`, but a part from each machine, as large as what it should still send is of what all should."""
+    total = sum(max(0, x) for _, x in queue)
+    cuts, left = [], nbytes
+    for last in sorted(queue, key=lambda entry: (-entry[1], entry[0])):
+        fair = -(-nbytes * max(0, last[1]) // total) if total else nbytes
+        part = min(left, -(-fair // bucket_bytes) * bucket_bytes)
+        if part:
+            cuts.append((last[0], part))
+            last[1] -= part * source // GRAIN
+            left -= part
+    if left:
+        port, part = cuts.pop()
+        cuts.append((port, part + left))
     return cuts
 
 

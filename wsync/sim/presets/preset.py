@@ -68,7 +68,7 @@ class Preset:
         gpus = (positions(trainers), positions(engines)) if self.trainers == self.engines else (None, None)
         source = describe_source(model, self.trainer_layout, trainers, gpus=gpus[0])
         sink = describe_sink(model, self.engine_layout, engines, self.recipe, gpus[1])
-        return source, sink, self.cluster, self.options
+        return self.sim.source_of(source), sink, self.cluster, self.options
 
     def _hosts(self, name: str) -> list[str]:
         """The host of each rank: one rank for each GPU of the group, or one for a node without GPUs."""
