@@ -142,7 +142,7 @@ def test_parts_have_the_degrees_that_were_asked_for(count, width, seed, data):
             got[i] += degree * (part.end - start)
         start = part.end
         have = {-1}
-        for src, dst in tree_of(part, turn + seed, [0] * count):
+        for src, dst in tree_of(part, turn + seed):
             assert src in have
             have.add(dst)
         assert len(have) == count + 1

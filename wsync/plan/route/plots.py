@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from wsync.plan.nodes import ATTOSECONDS, Nodes
 from wsync.plan.route.assign import Run
-from wsync.plan.route.relays import GRAIN, Fan, Fans
+from wsync.plan.route.relays import GRAIN, Fan, Fans, Hops
 from wsync.plan.route.shapes import GOLDEN, best_width, find_parts, sampled, tree_of
 from wsync.plan.route.survey import Bundle, Family
+from wsync.plan.route.weave import woven_tree
 
 MIN_PART_BUCKETS = 2
 """Trees are not changed for less than this many buckets."""
@@ -52,6 +53,9 @@ class Plots:
     def cut(self, run: Run) -> list[Plot]:
         """The next bytes of a run's family."""
         family, fan = self.bundles[run.bundle_idx].family, self.fans.of[run.bundle_idx]
+        woven = self.fans.woven.get((run.bundle_idx, run.port))
+        if woven is not None:
+            return self._between(self._woven_parts(family, woven), 0, run.nbytes, run.nbytes)
         key = (family.number, fan)
         parts = self._parts.get(key)
         if parts is None:
@@ -80,17 +84,31 @@ class Plots:
             at += step
         return [Plot(hops, n) for hops, n in nbytes.items()]
 
+    def _woven_parts(
+        self, family: Family, woven: Sequence[tuple[Hops | None, int]]
+    ) -> list[tuple[float, Edges]]:
+        """Trees between zones, each cut so that every island is the last of its zone about equally often."""
+        total = sum(nbytes for _, nbytes in woven)
+        turns = max(family.zones.count(zone) for zone in set(family.zones))
+        parts: list[tuple[float, Edges]] = []
+        at = 0
+        for hops, nbytes in woven:
+            count = max(1, min(turns, nbytes // (MIN_PART_BUCKETS * self.bucket_bytes))) if hops is not None else 1
+            for turn in range(count):
+                end = (at + nbytes * (turn + 1) // count) / total
+                parts.append((end, woven_tree(family, hops, turn)))
+            at += nbytes
+        return parts
+
     def _find_parts(self, family: Family, fan: Fan) -> list[tuple[float, Edges]]:
         count = len(family.islands)
         relays = [x / GRAIN for x in fan.relays] or [0.0] * count
         parts = find_parts(fan.source / GRAIN, relays, self._width(family, fan.source // GRAIN))
         limit = max(1, self._total[(family.number, fan)] // (MIN_PART_BUCKETS * self.bucket_bytes))
         parts = sampled(parts, limit, family.number * GOLDEN)
-        return [(part.end, tuple(tree_of(part, i, family.zones))) for i, part in enumerate(parts)]
+        return [(part.end, tuple(tree_of(part, i))) for i, part in enumerate(parts)]
 
     def _width(self, family: Family, source: int) -> int:
-        if len(set(family.zones)) > 1:
-            return 1
         lanes = [self.nodes.sinks[m[0]] for m in family.members]
         rate = min((self.nodes.nics[i].rate_gbps for lane in lanes for i in lane.reach), default=1.0)
         bucket_s = min(self.bucket_bytes, family.nbytes) / (rate * 1e9)
