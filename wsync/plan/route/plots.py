@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from wsync.plan.nodes import ATTOSECONDS, Nodes
 from wsync.plan.route.assign import Run
-from wsync.plan.route.relays import GRAIN, Fan, Fans, Hops
+from wsync.plan.route.relays import GRAIN, Fan, Fans, ZoneTree
 from wsync.plan.route.shapes import GOLDEN, best_width, find_parts, sampled, tree_of
 from wsync.plan.route.survey import Bundle, Family
 from wsync.plan.route.weave import woven_tree
@@ -84,19 +84,18 @@ class Plots:
             at += step
         return [Plot(hops, n) for hops, n in nbytes.items()]
 
-    def _woven_parts(
-        self, family: Family, woven: Sequence[tuple[Hops | None, int]]
-    ) -> list[tuple[float, Edges]]:
-        """Trees between zones, each cut so that every island is the last of its zone about equally often."""
+    def _woven_parts(self, family: Family, woven: Sequence[tuple[ZoneTree, int]]) -> list[tuple[float, Edges]]:
+        """Trees of zones, those in which islands take turns cut so that each is the last about equally often."""
         total = sum(nbytes for _, nbytes in woven)
-        turns = max(family.zones.count(zone) for zone in set(family.zones))
+        most = max(family.zones.count(zone) for zone in set(family.zones))
         parts: list[tuple[float, Edges]] = []
         at = 0
-        for hops, nbytes in woven:
-            count = max(1, min(turns, nbytes // (MIN_PART_BUCKETS * self.bucket_bytes))) if hops is not None else 1
-            for turn in range(count):
-                end = (at + nbytes * (turn + 1) // count) / total
-                parts.append((end, woven_tree(family, hops, turn)))
+        for tree, nbytes in woven:
+            count = max(1, min(most, nbytes // (MIN_PART_BUCKETS * self.bucket_bytes))) if tree.turn < 0 else 1
+            for i in range(count):
+                turn = i * most // count if tree.turn < 0 else tree.turn
+                edges = woven_tree(family, tree._replace(turn=turn))
+                parts.append(((at + nbytes * (i + 1) // count) / total, edges))
             at += nbytes
         return parts
 

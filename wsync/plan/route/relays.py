@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wsync.plan.nodes import ATTOSECONDS, Nodes, byte_cost
 from wsync.plan.route.balance import balance
@@ -13,10 +14,21 @@ GAIN = 200
 """A relay must shorten the busiest port's time by more than one part in so many."""
 MAX_SHAPES = 64
 """Of so many bundles each has trees of its own; of more, those of one family share them."""
-Hops = tuple[tuple[int, int], ...]
-"""Hops between zones, those that bring bytes before those that take them on; -1 is the holder."""
 GRAIN = 1 << 16
 """Numbers of copies are multiples of one part in so many, so that equal ones are found to be equal."""
+
+
+class ZoneTree(NamedTuple):
+    """How bytes go from zone to zone.
+
+    Attributes:
+        hops: (from, to) zones, those that bring bytes before those that take them on; -1 is the holder. Empty if the
+            holder sends every copy.
+        turn: which island of each zone is first; -1 if they take turns.
+    """
+
+    hops: tuple[tuple[int, int], ...]
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class Fans:
         load: bytes that each port passes on.
         speed: bytes per second of each port.
         split: what each port sends of a bundle, where that is decided already.
-        woven: what a bundle's port sends along which hops between zones, likewise.
+        woven: what a bundle's port sends along which trees of zones, likewise.
     """
 
     def __init__(self, bundles: Sequence[Bundle], nodes: Nodes, relay: bool) -> None:
@@ -59,7 +71,7 @@ class Fans:
         self.of = [Fan(len(b.family.islands) * GRAIN) for b in bundles]
         self.load = [0] * len(self.speed)
         self.split: dict[int, dict[int, int]] = {}
-        self.woven: dict[tuple[int, int], list[tuple[Hops | None, int]]] = {}
+        self.woven: dict[tuple[int, int], list[tuple[ZoneTree, int]]] = {}
         self._relay_ports = self._find_relay_ports()
         self.ingress = ingress = self._ingress()
         star, star_link = self._sent({})

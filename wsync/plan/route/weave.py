@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from wsync.plan.nodes import Nodes, byte_cost
-from wsync.plan.route.relays import GRAIN, Fan, Fans, Hops
+from wsync.plan.route.relays import GRAIN, Fan, Fans, ZoneTree
 from wsync.plan.route.steep import steep
 from wsync.plan.route.survey import Bundle, Family, Survey
 
 MAX_WHOLE = 3
 """Of so many zones all trees are looked at; of more stars, chains, and those with one hub."""
+MAX_TURNS = 4
+"""Of zones of so few islands each is tried as the first one of its zone; those of larger ones take turns."""
 MAX_PIECES = 4000
 """About as many pieces are placed, unless there are more bundles."""
 MAX_EACH = 200
@@ -36,11 +38,14 @@ STILL = 0.9999
 """The busiest part must fall by more than this in a few sweeps."""
 
 
+Hops = tuple[tuple[int, int], ...]
+
+
 class Scheme(NamedTuple):
-    """One way of a family's bytes: the port that the holder sends by, and the hops between zones."""
+    """One way of a family's bytes: the port that the holder sends by, and how they go on."""
 
     port: int
-    hops: Hops | None
+    tree: ZoneTree
 
 
 @dataclass(eq=False, slots=True)
@@ -105,9 +110,9 @@ class Weave(Fans):
         for i, found in total.items():
             self.of[i] = Fan(GRAIN)
             ports: dict[int, int] = {}
-            for (port, hops), nbytes in found.items():
+            for (port, tree), nbytes in found.items():
                 ports[port] = ports.get(port, 0) + nbytes
-                self.woven.setdefault((i, port), []).append((hops, nbytes))
+                self.woven.setdefault((i, port), []).append((tree, nbytes))
             self.split[i] = ports
 
     def _pieces(self, bundle: Bundle) -> Iterator[int]:
@@ -142,10 +147,12 @@ class Weave(Fans):
 
     def _find_choices(self, bundle: Bundle) -> _Choices:
         family = bundle.family
-        trees: list[Hops | None] = [None]
+        trees = [ZoneTree((), 0)]
         if self._relays and len(family.islands) > 1:
-            trees += trees_of_zones(tuple(dict.fromkeys(family.zones)))
-        schemes = [Scheme(port, hops) for port in bundle.ports for hops in trees]
+            most = max(family.zones.count(z) for z in set(family.zones))
+            turns = range(most) if most <= MAX_TURNS else (-1,)
+            trees += [ZoneTree(hops, k) for hops in trees_of_zones(tuple(dict.fromkeys(family.zones))) for k in turns]
+        schemes = [Scheme(port, tree) for port in bundle.ports for tree in trees]
         loads = [self._loads(family, scheme) for scheme in schemes]
         width = max(len(x) for x in loads)
         parts = np.array([[*x, *[0] * (width - len(x))] for x in loads], dtype=np.int64)
@@ -154,34 +161,30 @@ class Weave(Fans):
 
     def _loads(self, family: Family, scheme: Scheme) -> dict[int, float]:
         """Which part of the unit a byte takes on every part that it passes."""
-        copies: dict[int, float] = {}
-        links: dict[int, int] = {}
-        hops = scheme.hops
-        if hops is None:
-            copies[scheme.port] = float(len(family.islands))
-            for zone in family.zones:
-                for x in self.crossed(scheme.port, zone):
-                    links[x] = links.get(x, 0) + 1
-        else:
-            copies[scheme.port] = float(sum(a < 0 for a, _ in hops))
-            for a, b in hops:
-                for x in self.crossed(scheme.port, b) if a < 0 else self.nodes.zones.crossed[a][b]:
-                    links[x] = links.get(x, 0) + 1
-            self._add_relays(family, hops, copies)
-        out = {p: n * self._cost[p] for p, n in copies.items()}
-        for x, n in links.items():
-            out[self._first_link + x] = n * self._cost[self._first_link + x]
-        return out
+        port, tree = scheme
+        hops = tree.hops or tuple((-1, zone) for zone in family.zones)
+        copies: dict[int, float] = {port: float(sum(a < 0 for a, _ in hops))}
+        for a, b in hops:
+            for x in self.crossed(port, b) if a < 0 else self.nodes.zones.crossed[a][b]:
+                copies[self._first_link + x] = copies.get(self._first_link + x, 0.0) + 1.0
+        for island, count in _passed_on(family, tree).items():
+            ports = self._relay_ports[family.number][island]
+            for p in ports:
+                copies[p] = copies.get(p, 0.0) + count / len(ports)
+        return {part: n * self._cost[part] for part, n in copies.items()}
 
-    def _add_relays(self, family: Family, hops: Hops, copies: dict[int, float]) -> None:
-        """What the islands of each zone pass on, each an equal part."""
-        islands = self._relay_ports[family.number]
-        for zone in dict.fromkeys(family.zones):
-            members = [ports for ports, z in zip(islands, family.zones, strict=True) if z == zone]
-            each = (len(members) - 1 + sum(a == zone for a, _ in hops)) / len(members)
-            for ports in members:
-                for p in ports if each else ():
-                    copies[p] = copies.get(p, 0.0) + each / len(ports)
+
+def _passed_on(family: Family, tree: ZoneTree) -> dict[int, float]:
+    """Copies that each island passes on, by its position."""
+    if not tree.hops:
+        return {}
+    turns = range(max(family.zones.count(z) for z in set(family.zones))) if tree.turn < 0 else (tree.turn,)
+    copies: dict[int, float] = {}
+    for turn in turns:
+        for before, _ in woven_tree(family, ZoneTree(tree.hops, turn)):
+            if before >= 0:
+                copies[before] = copies.get(before, 0.0) + 1 / len(turns)
+    return copies
 
 
 def least_of_zones(survey: Survey, fans: Fans) -> int:
@@ -250,25 +253,24 @@ def _ordered(parents: dict[int, int]) -> Hops | None:
     return tuple(hops)
 
 
-def woven_tree(family: Family, hops: Hops | None, turn: int) -> tuple[tuple[int, int], ...]:
+def woven_tree(family: Family, tree: ZoneTree) -> tuple[tuple[int, int], ...]:
     """Hops between islands, by their position: each zone a chain, whose last island serves the next zones first.
 
     Args:
         family: that receives.
-        hops: between its zones; None if the holder sends every copy.
-        turn: which island of each zone is first.
+        tree: of its zones, with a turn.
     """
-    if hops is None:
+    if not tree.hops:
         return tuple((-1, i) for i in range(len(family.islands)))
     chains: dict[int, list[int]] = {}
     for i, zone in enumerate(family.zones):
         chains.setdefault(zone, []).append(i)
     for zone, chain in chains.items():
-        start = turn % len(chain)
+        start = tree.turn % len(chain)
         chains[zone] = chain[start:] + chain[:start]
     out: list[tuple[int, int]] = []
     served: dict[int, int] = {}
-    for a, b in hops:
+    for a, b in tree.hops:
         before = -1
         if a >= 0:
             # The last one passes nothing on inside its zone; after it come the others, one zone each.
