@@ -5,8 +5,9 @@ and bytes that have all holders inside and a needer outside must leave it, each 
 
 A plan here is one in which trainer ranks only send what they hold, engine ranks only pass on what they need themselves,
 and a rank uses the NICs that `wsync.plan.places` says it reaches. The cuts of nodes, of NVLink domains that span nodes
-and of links hold of every other plan too. Those of the NICs of some ranks and of the traffic between nodes do not: a
-GPU that copies what it does not need over PCIe to lend its NIC to another would beat them. So would one that lends its
+and of links between all zones hold of every other plan too. Those of the NICs of some ranks, of the traffic between
+nodes and of links between some zones do not: a GPU that copies what it does not need over PCIe to lend its NIC to
+another would beat them. So would one that lends its
 PCIe to a GPU of its own NVLink domain beat those of single ranks.
 """
 

@@ -7,9 +7,9 @@ and placed again until that is as low as it gets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, permutations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -21,24 +21,29 @@ from wsync.plan.route.steep import steep
 from wsync.plan.route.survey import Bundle, Family, Survey
 
 MAX_WHOLE = 3
-"""Of so many zones all trees are looked at; of more stars, chains, and those with one hub."""
+"""Of so many zones all trees are looked at; of more stars, chains, and those with one or two hubs."""
 MAX_TURNS = 4
 """Of zones of so few islands each is tried as the first one of its zone; those of larger ones take turns."""
+MAX_SCHEMES = 256
+"""Islands take turns where trying each as the first one would be more schemes of one bundle than this."""
 MAX_PIECES = 4000
 """About as many pieces are placed, unless there are more bundles."""
 MAX_EACH = 200
 """Pieces of one bundle."""
-MAX_PLACED = 40_000
-"""About as many pieces are placed again in all."""
+MAX_TRIED = 2_000_000
+"""About as many schemes are tried in all."""
 MAX_SWEEPS = 40
 """Pieces are placed again at most so many times."""
 ENOUGH = 1.0005
 """Parts this little busier than the least are early enough."""
 STILL = 0.9999
 """The busiest part must fall by more than this in a few sweeps."""
+HIGH = 1e9
+"""Levels above this are equally bad: their power is still a number."""
 
 
 Hops = tuple[tuple[int, int], ...]
+"""As those of `ZoneTree`."""
 
 
 class Scheme(NamedTuple):
@@ -76,17 +81,20 @@ class Weave(Fans):
         links = nodes.cluster.links
         self._first_link = len(self.speed)
         cost = [byte_cost(p.rate_gbps) for p in nodes.ports] + [byte_cost(x.rate_gbps) for x in links for _ in (0, 1)]
-        self._cost = [c / self._unit for c in cost]
+        self._cost = np.array(cost) / self._unit
         self._level = np.zeros(len(cost))
         self._known: dict[tuple[int, tuple[int, ...]], _Choices] = {}
+        self._known_copies: dict[tuple[int, int, int], list[dict[int, float]]] = {}
+        self._hops: dict[tuple[int, ...], list[Hops]] = {}
         self._place()
 
     def _place(self) -> None:
         pieces = [(i, n) for i in self.remote for n in self._pieces(self.bundles[i])]
         pieces.sort(key=lambda p: (-p[1], p[0]))
         chosen = [self._put(i, n) for i, n in pieces]
+        tried = sum(len(self._choices(i).schemes) for i, _ in pieces)
         before = np.inf
-        for sweep in range(min(MAX_SWEEPS, 1 + MAX_PLACED // max(1, len(pieces)))):
+        for sweep in range(min(MAX_SWEEPS, 1 + MAX_TRIED // max(1, tried))):
             top = float(self._level.max(initial=0.0))
             if top <= self._enough:
                 break
@@ -120,7 +128,7 @@ class Weave(Fans):
         wanted = max(bundle.nbytes * MAX_PIECES // max(whole, 1), 1)
         count = max(1, min(wanted, MAX_EACH))
         ends = [bundle.nbytes * k // count for k in range(count + 1)]
-        for a, b in zip(ends, ends[1:], strict=False):
+        for a, b in pairwise(ends):
             if b > a:
                 yield b - a
 
@@ -128,7 +136,7 @@ class Weave(Fans):
         found, at = self._choices(i), 0
         if len(found.schemes) > 1:
             after = self._level[found.parts] + found.costs * nbytes
-            weight = np.cumsum(found.costs * steep(after), axis=1)[:, -1]
+            weight = np.cumsum(found.costs * steep(np.minimum(after, HIGH)), axis=1)[:, -1]
             at = int(np.argmin(weight))
         self._add(i, at, nbytes)
         return at
@@ -146,32 +154,54 @@ class Weave(Fans):
         return found
 
     def _find_choices(self, bundle: Bundle) -> _Choices:
-        family = bundle.family
-        trees = [ZoneTree((), 0)]
-        if self._relays and len(family.islands) > 1:
-            most = max(family.zones.count(z) for z in set(family.zones))
-            turns = range(most) if most <= MAX_TURNS else (-1,)
-            trees += [ZoneTree(hops, k) for hops in trees_of_zones(tuple(dict.fromkeys(family.zones))) for k in turns]
-        schemes = [Scheme(port, tree) for port in bundle.ports for tree in trees]
-        loads = [self._loads(family, scheme) for scheme in schemes]
+        trees = self._trees(bundle)
+        schemes, loads = [], []
+        for port in bundle.ports:
+            zone = self.nodes.zone[self.nodes.nics[self.nodes.ports[port].nics[0]].node]
+            for tree, copies in zip(trees, self._carried(bundle.family, trees, zone), strict=True):
+                first = sum(a < 0 for a, _ in tree.hops) or len(bundle.family.islands)
+                schemes.append(Scheme(port, tree))
+                loads.append({**copies, port: copies.get(port, 0.0) + first})
         width = max(len(x) for x in loads)
         parts = np.array([[*x, *[0] * (width - len(x))] for x in loads], dtype=np.int64)
-        costs = np.array([[*x.values(), *[0.0] * (width - len(x))] for x in loads])
-        return _Choices(schemes, parts, costs)
+        copies_of = np.array([[*x.values(), *[0.0] * (width - len(x))] for x in loads])
+        return _Choices(schemes, parts, copies_of * self._cost[parts])
 
-    def _loads(self, family: Family, scheme: Scheme) -> dict[int, float]:
-        """Which part of the unit a byte takes on every part that it passes."""
-        port, tree = scheme
-        hops = tree.hops or tuple((-1, zone) for zone in family.zones)
-        copies: dict[int, float] = {port: float(sum(a < 0 for a, _ in hops))}
-        for a, b in hops:
-            for x in self.crossed(port, b) if a < 0 else self.nodes.zones.crossed[a][b]:
+    def _trees(self, bundle: Bundle) -> tuple[ZoneTree, ...]:
+        family = bundle.family
+        zones = tuple(dict.fromkeys(family.zones))
+        star = ZoneTree((), 0)
+        if not self._relays or len(family.islands) < 2:
+            return (star,)
+        woven = self._hops.get(zones)
+        if woven is None:
+            woven = self._hops[zones] = trees_of_zones(zones, self._price)
+        most = max(family.zones.count(z) for z in zones)
+        few = most <= MAX_TURNS and most * len(woven) * len(bundle.ports) <= MAX_SCHEMES
+        return (star, *(ZoneTree(hops, k) for hops in woven for k in (range(most) if few else (-1,))))
+
+    def _price(self, a: int, b: int) -> float:
+        """What a byte costs on the links between two zones."""
+        return sum(float(self._cost[self._first_link + x]) for x in self.nodes.zones.crossed[a][b])
+
+    def _carried(self, family: Family, trees: tuple[ZoneTree, ...], zone: int) -> list[dict[int, float]]:
+        """Copies of a byte from a zone on every part that it passes but the sender's port, for each tree."""
+        key = (family.number, zone, len(trees))
+        found = self._known_copies.get(key)
+        if found is None:
+            found = self._known_copies[key] = [self._copies(family, tree, zone) for tree in trees]
+        return found
+
+    def _copies(self, family: Family, tree: ZoneTree, zone: int) -> dict[int, float]:
+        copies: dict[int, float] = {}
+        for a, b in tree.hops or tuple((-1, z) for z in family.zones):
+            for x in self.nodes.zones.crossed[zone if a < 0 else a][b]:
                 copies[self._first_link + x] = copies.get(self._first_link + x, 0.0) + 1.0
         for island, count in _passed_on(family, tree).items():
             ports = self._relay_ports[family.number][island]
             for p in ports:
                 copies[p] = copies.get(p, 0.0) + count / len(ports)
-        return {part: n * self._cost[part] for part, n in copies.items()}
+        return copies
 
 
 def _passed_on(family: Family, tree: ZoneTree) -> dict[int, float]:
@@ -226,18 +256,32 @@ def _over_links(nbytes: int, ways: Sequence[tuple[int, ...]], nodes: Nodes) -> i
     return max((nbytes * byte_cost(nodes.cluster.links[i // 2].rate_gbps) for i in common), default=0)
 
 
-def trees_of_zones(zones: tuple[int, ...]) -> list[Hops]:
-    """Trees that reach every zone from the holder: all if there are few zones."""
+def trees_of_zones(zones: tuple[int, ...], price: Callable[[int, int], float]) -> list[Hops]:
+    """Trees that reach every zone from the holder: all if there are few zones.
+
+    Args:
+        zones: to reach.
+        price: of a byte between two of them.
+    """
     if len(zones) <= MAX_WHOLE:
-        found = [_ordered(dict(zip(zones, parents, strict=True))) for parents in product((-1, *zones), repeat=len(zones))]
-        return [hops for hops in found if hops is not None]
-    parents: list[dict[int, int]] = [dict.fromkeys(zones, -1)]
-    parents += [{z: -1 if z == hub else hub for z in zones} for hub in zones]
-    for k in range(len(zones)):
-        for order in ((*zones[k:], *zones[:k]), (*zones[k::-1], *zones[:k:-1])):
-            parents.append(dict(zip(order, (-1, *order[:-1]), strict=True)))
+        parents = [dict(zip(zones, p, strict=True)) for p in product((-1, *zones), repeat=len(zones))]
+    else:
+        parents = [dict.fromkeys(zones, -1), *_hubs(zones, price)]
+        for k in range(len(zones)):
+            for order in ((*zones[k:], *zones[:k]), (*zones[k::-1], *zones[:k:-1])):
+                parents.append(dict(zip(order, (-1, *order[:-1]), strict=True)))
     trees = [_ordered(p) for p in parents]
     return list(dict.fromkeys(hops for hops in trees if hops is not None))
+
+
+def _hubs(zones: tuple[int, ...], price: Callable[[int, int], float]) -> Iterator[dict[int, int]]:
+    """One zone that serves the others, and two of which each serves those that are cheaper from there."""
+    for hub in zones:
+        yield {z: -1 if z == hub else hub for z in zones}
+    for hub, second in permutations(zones, 2):
+        parents = {z: second if price(second, z) < price(hub, z) else hub for z in zones}
+        yield {**parents, hub: -1, second: hub}
+        yield {**parents, hub: -1, second: -1}
 
 
 def _ordered(parents: dict[int, int]) -> Hops | None:
