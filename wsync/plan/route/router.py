@@ -18,7 +18,7 @@ from wsync.plan.types import PlanOptions
 
 ENOUGH = 0.995
 """Bytes cross shared links otherwise than from the nearest holder only if that makes a plan this much faster."""
-WOVEN = (Mode.EACH, Mode.APART, Mode.TOGETHER)
+WOVEN = (Mode.EACH, Mode.SIDES, Mode.APART, Mode.TOGETHER)
 """How zones are served where shared links separate them, if it is not only from the nearest holder."""
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from wsync.errors import ConfigError
 from wsync.plan.flows import DemandGroup
-from wsync.plan.nodes import Nodes
+from wsync.plan.nodes import Nodes, byte_cost
 
 ANY = -1
 """Holders of every zone."""
@@ -24,14 +24,15 @@ class Mode(Enum):
     """Who serves which zones.
 
     NEAREST: holders in the zone where there are any, else all; each zone for itself. EACH: all holders; each zone for
-    itself. APART: all holders; zones without holders together, so that they can pass bytes on to each other. TOGETHER:
-    all holders; all zones together.
+    itself. APART: all holders; zones without holders together, so that they can pass bytes on to each other. SIDES: all
+    holders; zones together that have their nearest holders in one zone. TOGETHER: all holders; all zones together.
     """
 
     NEAREST = 0
     EACH = 1
     APART = 2
-    TOGETHER = 3
+    SIDES = 3
+    TOGETHER = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -215,7 +216,14 @@ class Survey:
         """Zones of equal number are served together."""
         if self.mode is Mode.TOGETHER or (self.mode is Mode.APART and zone not in holders.zones):
             return ANY
+        if self.mode is Mode.SIDES:
+            return min((z for z in holders.zones if z != ANY), key=lambda z: (self._way(z, zone), z), default=ANY)
         return zone
+
+    def _way(self, a: int, b: int) -> int:
+        """What a byte takes on the links from one zone to another, one after the other."""
+        links = self.nodes.cluster.links
+        return sum(byte_cost(links[i // 2].rate_gbps) for i in self.nodes.zones.crossed[a][b])
 
     def _nearest(self, ranks: tuple[int, ...], sink: int) -> tuple[int, ...]:
         """Of the holders on a sink's island those on its GPU; else in its NVLink domain; else on its node; else all."""
