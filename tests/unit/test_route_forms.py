@@ -109,6 +109,17 @@ def test_heads_without_nvlink_receive_on_what_they_reach_themselves():
     assert times.busiest_s <= 1.02 * bounds[0].seconds
 
 
+def test_bytes_cross_pcie_between_nvlink_domains_of_a_node_once_and_through_all_of_its_gpus():
+    a = gpu_group("a", 1, 4, nvlink_domain=2)
+    groups = [group([r], range(4), 8 * GB) for r in range(4)]
+    nodes, routing, times, _ = plan(groups, hosts(a), hosts(a), cluster_of(a), MIB)
+    check_routing(groups, routing, nodes)
+    loads = {x.name: x.nbytes for x in times.loads if x.name.startswith("PCIe")}
+    assert sum(n for name, n in loads.items() if name.endswith("in")) == 32 * GB
+    assert len(loads) == 8
+    assert max(loads.values()) == pytest.approx(8 * GB, rel=0.02)
+
+
 def test_chains_go_on_in_other_zones_where_the_trainer_is_what_binds():
     leaves = [cpu_group(name, 3, 50.0) for name in ("a", "b", "c", "d")]
     links = [Link(f"up-{g.name}", (g.name,), tuple(x.name for x in leaves if x is not g), 200.0) for g in leaves]

@@ -98,10 +98,11 @@ class _Router:
         for run in runs:
             trees = way_of.get(id(run))
             if trees is None:
-                trees = self._local(run)
+                for part in self._by_domain(run):
+                    self._hand_out(part, self._local(part), shares)
             else:
                 run.loads.sort(key=lambda x: (self.nodes.sources[x.rank].own, x.leg_idx))
-            self._hand_out(run, trees, shares)
+                self._hand_out(run, trees, shares)
         routes: list[list[Route]] = [[] for _ in range(num_groups)]
         for leg, mine in zip(self.legs, shares, strict=True):
             found = routes[leg.group_idx]
@@ -120,15 +121,27 @@ class _Router:
         for leg_idx, rank, nbytes in run.loads:
             shares[leg_idx] += [Share(rank, tree, n) for tree, n in take(queue, nbytes, self.bucket_bytes)]
 
+    def _by_domain(self, run: Run) -> Iterator[Run]:
+        """The loads of a run inside an island, by the NVLink domain that they come from."""
+        parts: dict[int, Run] = {}
+        for load in run.loads:
+            domain = self.nodes.sources[load.rank].domain
+            part = parts.setdefault(domain, Run(run.bundle_idx, run.port))
+            part.loads.append(load)
+            part.nbytes += load.nbytes
+        yield from parts.values()
+
     def _local(self, run: Run) -> list[tuple[int, int]]:
-        """Heads take turns; only what is worth it is cut."""
+        """Heads take turns, those of the senders' NVLink domain if there are any; only what is worth it is cut."""
         family = self.bundles[run.bundle_idx].family
         members = family.members[0]
-        count = max(1, min(len(members), run.nbytes // (MIN_PART_BUCKETS * self.bucket_bytes)))
+        home = self.nodes.sources[run.loads[0].rank].domain
+        heads = [s for s in members if self.nodes.sinks[s].domain == home] or members
+        count = max(1, min(len(heads), run.nbytes // (MIN_PART_BUCKETS * self.bucket_bytes)))
         ends = [run.nbytes * (i + 1) // count for i in range(count)]
         out = []
         for nbytes in (b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)):
-            head = min(members, key=lambda s: (self.carried[s], s))
+            head = min(heads, key=lambda s: (self.carried[s], s))
             self.carried[head] += nbytes * len(members)
             out.append((self.book.local(family, head), nbytes))
         return out
