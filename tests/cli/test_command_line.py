@@ -1,6 +1,7 @@
 """What users of the command line rely on."""
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -257,3 +258,34 @@ def test_a_key_file_in_a_missing_folder_is_a_named_error(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("argv", [["simulate", "--list"], ["simulate", "--list", "--json"], ["describe", "--list"]])
+def test_data_that_cannot_be_written_are_a_named_error(argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "wsync.cli.main", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (2, "error: stdout cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("argv", [["simulate", "--list"], ["simulate", "--list", "--json"]])
+def test_a_reader_that_has_gone_is_no_error(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "wsync.cli.main", *argv],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -284,3 +284,34 @@ def test_a_bucket_size_that_cannot_be_is_refused(tmp_path, capsys):
 def test_a_folder_that_does_not_exist_is_refused_before_planning(tmp_path, capsys):
     err = refused([*write_job(tmp_path), "-o", str(tmp_path / "no" / "plan")], capsys)
     assert "does not exist" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["-o", "-"], "--output - is not possible"),
+        (["--json", "both", "-o", "./both"], "--output is to be written to ./both, but --json is written to that file"),
+        (["-o", "source.wsync"], "--output is to be written to source.wsync, but SOURCE is read from that file"),
+        (["--json", "cluster.json"], "--json is to be written to cluster.json, but --cluster is read from that file"),
+        (["--explain", ""], "the source has no tensor ''"),
+        (["--density", "model.layer.=0.1"], "names 'model.layer.', but none of the"),
+        (["--cluster", ""], "cluster file '' cannot be read"),
+    ],
+)
+def test_results_over_inputs_and_names_of_nothing_are_refused(changes, words, tmp_path, capsys, monkeypatch):
+    arguments = write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert main([*arguments, *changes]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_plan_without_a_cluster_file_says_what_it_assumes(tmp_path, capsys):
+    arguments = write_job(tmp_path)
+    assert main(arguments[:3]) == 0
+    assert "one port of 12.5 GB/s and memory of 10 GB/s" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""

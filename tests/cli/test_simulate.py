@@ -230,7 +230,7 @@ def test_options_of_a_scenario_count_and_those_of_the_command_come_on_top(scenar
         (["tiny", "--chart", ""], "--chart needs the name of a file"),
         (["tiny", "--chart", "-"], "only --json goes to stdout"),
         (["tiny", "--json", ""], "--json needs the name of a file"),
-        (["tiny", "--json", "./t.json"], "--json and --trace are both to be written to t.json"),
+        (["tiny", "--json", "./t.json"], "--trace is to be written to t.json, but --json is written to that file"),
         (["tiny", "--chart", "x" * 300 + ".png"], "cannot be written"),
         (["x" * 300], "neither a preset nor a file"),
         (["x" * 300 + ".json"], "File name too long"),
@@ -310,3 +310,23 @@ def test_the_scenario_of_the_guide_can_be_read():
     text = (Path(__file__).parents[2] / "docs" / "guides" / "simulate.md").read_text()
     (example,) = re.findall(r"```json\n(.*?)```", text, re.S)
     assert decode_scenario(example.encode()).sim_options.install == "in_place"
+
+
+def test_replicas_that_are_not_shown_are_counted_by_what_became_of_them(capsys):
+    from wsync.cli.output import stdout_console
+    from wsync.cli.simulate_table import print_result
+    from wsync.sim import Failure, simulate
+
+    source, sink, cluster, options = PRESETS["tiny"].build()
+    result = simulate(
+        make_plan(source, sink, cluster, options), source, sink, cluster, failures=[Failure("trainer-0", time_s=0.0)]
+    )
+    print_result(result, stdout_console(), max_replicas=1, max_resources=1)
+    assert "and 1 that did not commit" in capsys.readouterr().out
+
+
+def test_a_result_is_not_written_over_the_scenario(scenario, capsys):
+    before = scenario.read_bytes()
+    status, message = refused(capsys, scenario, "--trace", scenario)
+    assert (status, scenario.read_bytes()) == (2, before)
+    assert "but the scenario is read from that file" in message

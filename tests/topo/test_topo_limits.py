@@ -145,7 +145,8 @@ def test_a_command_that_never_ends_is_not_waited_for(monkeypatch, deadline):
 
 
 def test_a_regular_file_that_the_kernel_makes_up_is_read():
-    assert b"PATH" in read_regular("/proc/self/environ") or not os.environ
+    assert os.stat("/proc/self/status").st_size == 0
+    assert len(read_regular("/proc/self/status")) > 100
     assert read_regular("/proc/self/status", 4) == b"Name"
 
 

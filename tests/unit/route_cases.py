@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 
 from wsync.plan.cuts import find_bounds
 from wsync.plan.flows import DemandGroup, Flow, Lot
@@ -231,3 +232,38 @@ def random_gpu_case(seed):
         need = tuple(sorted(rng.sample(range(len(sinks)), rng.choice([1, 1, 2, 4]))))
         found.setdefault((held, need), group(held, need, rng.choice([20, 50, 60, 110]) * 10**9))
     return list(found.values()), sources, sinks, cluster_of(*parts)
+
+
+def random_zones_case(seed, kind):
+    """(groups, hosts of trainer ranks, hosts of sinks, cluster) of two to five zones.
+
+    ``kind`` is ``"leaf"`` (each has an uplink), ``"site"`` (so it has, and leaves are at two ends of a thin link) or
+    ``"pair"`` (every two of three zones have a link of their own).
+    """
+    rng = random.Random(f"{kind} {seed}")
+    count = 3 if kind == "pair" else rng.randint(2, 5)
+    parts = [cpu_group(f"g{i}", rng.randint(1, 4), rng.choice([12.5, 50.0, 25.0])) for i in range(count)]
+    names = [p.name for p in parts]
+    if kind == "pair":
+        links = [Link(f"{a}-{b}", (a,), (b,), rng.choice([1.0, 5.0, 40.0])) for a, b in combinations(names, 2)]
+    else:
+        links = [
+            Link(f"up-{n}", (n,), tuple(x for x in names if x != n), rng.choice([10.0, 25.0, 100.0])) for n in names
+        ]
+    if kind == "site":
+        end = rng.randint(1, count - 1)
+        links.append(Link("wan", tuple(names[:end]), tuple(names[end:]), rng.choice([2.0, 5.0, 12.5])))
+    places = [host for p in parts for host in p.node_names]
+    trainers, engines = places, places
+    if rng.random() < 0.7:
+        rng.shuffle(places)
+        cut = rng.randint(1, len(places) - 1)
+        trainers, engines = places[:cut], places[cut:]
+    sources = sorted(rng.sample(trainers, rng.randint(1, min(5, len(trainers)))))
+    sinks = sorted(rng.sample(engines, rng.randint(1, min(7, len(engines)))))
+    found = {}
+    for _ in range(rng.randint(1, 8)):
+        held = tuple(sorted(rng.sample(range(len(sources)), min(len(sources), rng.choice([1, 1, 2, 3])))))
+        need = tuple(sorted(rng.sample(range(len(sinks)), rng.randint(1, len(sinks)))))
+        found.setdefault((held, need), group(held, need, rng.choice([1, 2, 3, 7]) * 1024 * MIB))
+    return list(found.values()), sources, sinks, cluster_of(*parts, links=links)

@@ -185,6 +185,13 @@ def test_a_zone_is_reached_over_its_link_and_from_its_own_holders():
     assert found["egress of node b-0 with link wan from a"] == pytest.approx(1.0)
 
 
+def test_demand_of_two_zones_crosses_the_link_between_them_however_wide_the_way_round():
+    sites = [cpu_group(name, 1, 50.0) for name in ("a", "b", "c")]
+    links = [Link("ab", ("a",), ("b",), 40.0), Link("bc", ("b",), ("c",), 40.0), Link("ac", ("a",), ("c",), 1.0)]
+    found = bounds_of([group([0], [0], 4 * GB)], ["a-0"], ["c-0"], cluster_of(*sites, links=links))
+    assert found["link ac from a"] == 4.0
+
+
 def test_ports_behind_which_few_needers_are_bind_before_the_node():
     a, b = gpu_group("a", 1, 8, 50.0), gpu_group("b", 1, 8, 50.0, nvlink_domain=0)
     found = bounds_of([group([0], [3], 10 * GB)], hosts(a), hosts(b), cluster_of(a, b))

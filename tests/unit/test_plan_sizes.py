@@ -294,6 +294,15 @@ def test_nics_of_groups_that_have_no_ranks_say_nothing():
     assert chosen(*places, NODE, slower).bucket_bytes < chosen(*places, NODE, engines).bucket_bytes
 
 
+def test_buckets_of_long_ways_are_large_enough_that_nics_do_not_wait_for_messages():
+    groups, places = (NODE, gpu_group("e", 2, 8)), (["n-0"] * 8, [[f"e-{i}"] * 8 for i in range(2)])
+    source, sink = fsdp_source(LARGE, places[0]), tp_sink(LARGE, places[1])
+    near, far = (make_plan(source, sink, Cluster(groups, alpha_s=alpha_s)) for alpha_s in (5e-6, 1e-3))
+    assert near.bucket_bytes <= 8 << 20 < far.bucket_bytes
+    options = PlanOptions(bucket_bytes=8 << 20)
+    assert far.time_s < 0.6 * make_plan(source, sink, Cluster(groups, alpha_s=1e-3), options).time_s
+
+
 def test_without_a_cluster_buckets_have_their_default_size():
     assert chosen(["n-0"] * 8, [["n-0"] * 2] * 4, cluster=False).bucket_bytes == DEFAULT_BUCKET_BYTES
 

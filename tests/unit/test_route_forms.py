@@ -21,7 +21,9 @@ from route_cases import (
 from wsync.errors import ConfigError
 from wsync.plan.route.assign import Run
 from wsync.plan.route.shapes import best_width, depth_of, find_parts, tree_of
-from wsync.plan.route.stripes import Stripes, steep
+from wsync.plan.route.steep import steep
+from wsync.plan.route.stripes import Stripes
+from wsync.plan.route.weave import trees_of_zones
 from wsync.plan.types import SOURCE
 from wsync.spec import Link
 
@@ -107,6 +109,17 @@ def test_heads_without_nvlink_receive_on_what_they_reach_themselves():
     assert times.busiest_s <= 1.02 * bounds[0].seconds
 
 
+def test_bytes_cross_pcie_between_nvlink_domains_of_a_node_once_and_through_all_of_its_gpus():
+    a = gpu_group("a", 1, 4, nvlink_domain=2)
+    groups = [group([r], range(4), 8 * GB) for r in range(4)]
+    nodes, routing, times, _ = plan(groups, hosts(a), hosts(a), cluster_of(a), MIB)
+    check_routing(groups, routing, nodes)
+    loads = {x.name: x.nbytes for x in times.loads if x.name.startswith("PCIe")}
+    assert sum(n for name, n in loads.items() if name.endswith("in")) == 32 * GB
+    assert len(loads) == 8
+    assert max(loads.values()) == pytest.approx(8 * GB, rel=0.02)
+
+
 def test_chains_go_on_in_other_zones_where_the_trainer_is_what_binds():
     leaves = [cpu_group(name, 3, 50.0) for name in ("a", "b", "c", "d")]
     links = [Link(f"up-{g.name}", (g.name,), tuple(x.name for x in leaves if x is not g), 200.0) for g in leaves]
@@ -115,6 +128,46 @@ def test_chains_go_on_in_other_zones_where_the_trainer_is_what_binds():
     nodes, routing, times, bounds = plan(groups, hosts(leaves[0])[:1], sinks, cluster_of(*leaves, links=links), MIB)
     check_routing(groups, routing, nodes)
     assert times.busiest_s <= 1.02 * bounds[0].seconds
+
+
+def test_a_byte_leaves_the_trainers_leaf_once_however_many_leaves_need_it():
+    leaves = [cpu_group(name, 2, 50.0) for name in ("a", "b", "c", "d")]
+    links = [Link(f"up-{g.name}", (g.name,), tuple(x.name for x in leaves if x is not g), 10.0) for g in leaves]
+    sinks = [h for g in leaves[1:] for h in hosts(g)]
+    groups = [group([r], range(len(sinks)), 20 * GB) for r in range(2)]
+    nodes, routing, times, bounds = plan(groups, hosts(leaves[0]), sinks, cluster_of(*leaves, links=links), MIB)
+    check_routing(groups, routing, nodes)
+    loads = {x.name: x.nbytes for x in times.loads}
+    assert loads["link up-a from a"] == 40 * GB
+    assert times.busiest_s <= 1.005 * bounds[0].seconds
+
+
+def test_bytes_go_by_way_of_a_zone_that_needs_them_too_where_the_direct_link_is_thin():
+    sites = [cpu_group(name, 1, 50.0) for name in ("a", "b", "c")]
+    links = [Link("ab", ("a",), ("b",), 10.0), Link("bc", ("b",), ("c",), 10.0), Link("ac", ("a",), ("c",), 1.0)]
+    groups = [group([0], [0, 1], 11 * GB)]
+    nodes, routing, times, _ = plan(groups, ["a-0"], ["b-0", "c-0"], cluster_of(*sites, links=links), MIB)
+    check_routing(groups, routing, nodes)
+    loads = {x.name: x.nbytes for x in times.loads}
+    assert loads["link bc from b"] == pytest.approx(10 * GB, rel=0.02)
+    assert loads["link ac from a"] == pytest.approx(GB, rel=0.1)
+    # The rest goes the other way round: bytes of the thin link reach b by way of c.
+    assert loads["link ab from a"] == pytest.approx(10 * GB, rel=0.02)
+    assert times.busiest_s == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.parametrize("num_zones", range(1, 8))
+def test_every_tree_of_zones_reaches_every_zone_once(num_zones):
+    trees = trees_of_zones(tuple(range(num_zones)), lambda a, b: abs(a - b))
+    assert len(trees) == len(set(trees))
+    assert num_zones > 3 or len(trees) == (num_zones + 1) ** (num_zones - 1)
+    for hops in trees:
+        have = {-1}
+        for a, b in hops:
+            assert a in have
+            assert b not in have
+            have.add(b)
+        assert have == {-1, *range(num_zones)}
 
 
 def test_no_path_names_both_nodes():
@@ -142,7 +195,7 @@ def test_parts_have_the_degrees_that_were_asked_for(count, width, seed, data):
             got[i] += degree * (part.end - start)
         start = part.end
         have = {-1}
-        for src, dst in tree_of(part, turn + seed, [0] * count):
+        for src, dst in tree_of(part, turn + seed):
             assert src in have
             have.add(dst)
         assert len(have) == count + 1

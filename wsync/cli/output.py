@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,9 +39,29 @@ class PrintableConsole(Console):
         """As rich's, printable."""
         return map(_printable_segment, super().render(*args, **kwargs))
 
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """As rich's, but data that cannot be written are a named error; a reader that has gone is for `main`."""
+        with nullcontext() if self.stderr else _named_errors():
+            super().print(*args, **kwargs)
+
     def on_broken_pipe(self) -> None:
-        """Leave it to the command, whose exit status may be a verdict; rich would exit with 1."""
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        """Rich would end the process with status 1 here."""
+        raise BrokenPipeError
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Errors of stdout as a `ConfigError`; closes it then, so that nothing is tried again at exit."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise ConfigError("stdout is closed: there is nothing to write to")
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        with suppress(OSError):
+            sys.stdout.close()
+        raise ConfigError(f"stdout cannot be written: {e.strerror}") from e
 
 
 def _printable_segment(segment: Segment) -> Segment:
@@ -59,7 +81,8 @@ def stdout_console(min_width: int = 0) -> Console:
     Args:
         min_width: columns that the data needs: a narrower terminal wraps whole lines, which keeps every figure.
     """
-    console = PrintableConsole(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = PrintableConsole(width=None if is_terminal else _PLAIN_WIDTH)
     return console if console.width >= min_width else PrintableConsole(width=min_width)
 
 
@@ -101,8 +124,9 @@ def write_data(target: str, data: bytes, mode: int | None = None) -> None:
         ConfigError: the file cannot be written.
     """
     if target == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
+        with _named_errors():
+            sys.stdout.buffer.write(data)
+            sys.stdout.flush()
         return
     write_file(target, data, mode)
 
@@ -117,3 +141,26 @@ def check_writable(target: str | None, option: str) -> None:
         raise ConfigError(f"{option} needs the name of a file, got an empty one")
     if target is not None and target != "-":
         check_file(target, f"{option} {target}")
+
+
+def check_apart(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse two results in one file, and a result in a file that is read.
+
+    Args:
+        outputs: file of each option that writes one; None where it is not given, ``-`` for stdout.
+        inputs: file of each argument that names one to read.
+
+    Raises:
+        ConfigError: two are one file; both are named.
+    """
+    seen: dict[Path, str] = {}
+    for name, target in (inputs or {}).items():
+        if target and os.path.isfile(target):
+            seen[Path(target).resolve()] = f"{name} is read from"
+    for option, target in outputs.items():
+        if not target or target == "-":
+            continue
+        path = Path(target).resolve()
+        if path in seen and (path.is_file() or not path.exists()):
+            raise ConfigError(f"{option} is to be written to {target}, but {seen[path]} that file")
+        seen[path] = f"{option} is written to"

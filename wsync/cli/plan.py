@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from wsync.cli.output import EXIT_OK, check_writable, stdout_console, write_data, write_json
+from wsync.cli.output import (
+    EXIT_OK,
+    check_apart,
+    check_writable,
+    stderr_console,
+    stdout_console,
+    write_data,
+    write_json,
+)
 from wsync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,8 +54,7 @@ def add_parser(commands: Any) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Plan and report. Nothing is written unless all of it worked."""
-    for target, option in ((args.json, "--json"), (args.output, "--output")):
-        check_writable(target, option)
+    _check_outputs(args)
     options = _options(args)
 
     from wsync.cli.plan_explain import explain
@@ -57,20 +65,59 @@ def run_plan(args: argparse.Namespace) -> int:
     from wsync.spec.manifest_file import load_sink, load_source
 
     source, sink = load_source(args.source), load_sink(args.sink)
-    cluster = load_cluster(args.cluster) if args.cluster else None
+    cluster = None if args.cluster is None else load_cluster(args.cluster)
+    check_prefixes(options.density, (t.name for t in source.tensors))
     plan, report = plan_and_report(source, sink, cluster, options)
-    found = explain(plan, source, sink, args.explain) if args.explain else None
+    found = None if args.explain is None else explain(plan, source, sink, args.explain)
     if args.output:
         write_data(args.output, encode_plan(plan))
     if args.json:
         write_json(report if found is None else found, args.json)
     if args.json != "-":
+        if cluster is None:
+            _say_default()
         console = stdout_console(_TABLE_WIDTH)
         if found is None:
             print_report(report, console)
         else:
             print_explanation(found, console)
     return EXIT_OK
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    outputs = {"--json": args.json, "--output": args.output}
+    for option, target in outputs.items():
+        check_writable(target, option)
+    if args.output == "-":
+        raise ConfigError("--output - is not possible: only --json goes to stdout")
+    check_apart(outputs, {"SOURCE": args.source, "SINK": args.sink, "--cluster": args.cluster})
+
+
+def _say_default() -> None:
+    from wsync.spec.cluster import DEFAULT_HOST_GBPS, DEFAULT_NIC_GBPS
+
+    text = f"assumed: each host has no GPUs, one port of {DEFAULT_NIC_GBPS:g} GB/s and memory of {DEFAULT_HOST_GBPS:g}"
+    stderr_console().print(f"{text} GB/s, as no --cluster is given", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_prefixes(density: float | dict[str, float] | None, names: Iterable[str]) -> None:
+    """Refuse a prefix of ``--density`` that would change nothing.
+
+    Raises:
+        ConfigError: no tensor's name begins with it; names the nearest one.
+    """
+    if not isinstance(density, dict):
+        return
+    known = list(names)
+    for prefix in density:
+        if not any(name.startswith(prefix) for name in known):
+            from difflib import get_close_matches
+
+            close = get_close_matches(prefix, dict.fromkeys(name[: len(prefix) + 1] for name in known), 1, 0.5)
+            raise ConfigError(
+                f"--density names {prefix!r}, but none of the {len(known)} tensors of the trainer begins so",
+                hint=f"did you mean {close[0]!r}?" if close else "",
+            )
 
 
 def _options(args: argparse.Namespace) -> PlanOptions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,6 +10,7 @@ import msgspec
 from wsync.cli.output import (
     EXIT_FAILED,
     EXIT_OK,
+    check_apart,
     check_writable,
     stderr_console,
     stdout_console,
@@ -127,15 +127,9 @@ def _check_list(args: argparse.Namespace) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     targets = {f"--{name}": getattr(args, name) for name in ("json", "chart", "trace")}
-    seen: dict[Path, str] = {}
     for option, target in targets.items():
-        if target is None:
-            continue
         _check_target(target, option)
-        path = Path(target).resolve()
-        if target != "-" and path in seen and (path.is_file() or not path.exists()):
-            raise ConfigError(f"{seen[path]} and {option} are both to be written to {target}")
-        seen[path] = option
+    check_apart(targets, {"the scenario": args.scenario})
 
 
 def _check_target(target: str | None, option: str) -> None:

@@ -71,7 +71,12 @@ def _replicas(result: SimResult, limit: int) -> Table:
         times = [_seconds(t) for t in (replica.staged_s, replica.commit_s)]
         table.add_row(replica.name, Text(replica.state, _STATES[replica.state]), *times, replica.fault)
     if len(order) > limit:
-        table.caption = f"and {len(order) - limit} that committed earlier"
+        rest = order[limit:]
+        lost = sum(r.commit_s is None for r in rest)
+        words = [f"{lost} that did not commit"] * (lost > 0) + [f"{len(rest) - lost} that committed earlier"] * (
+            len(rest) > lost
+        )
+        table.caption = f"and {' and '.join(words)}"
     return table
 
 

@@ -37,8 +37,15 @@ def choose_bucket_bytes(asked_bytes: Mapping[int, int], sinks: Sinks, nodes: Nod
         return DEFAULT_BUCKET_BYTES
     size = math.sqrt(alpha_s * nbytes / _fill_s_per_byte(sinks, nodes))
     size = min(size, nbytes / (_MIN_BUCKETS * len(nodes.sources)))
-    largest = _MAX_BYTES if len({*nodes.island}) < 2 else _MAX_BYTES_BETWEEN
-    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), largest)
+    return min(max(1 << round(math.log2(max(size, 1.0))), _MIN_BYTES), _largest(nodes))
+
+
+def _largest(nodes: Nodes) -> int:
+    """Between islands more than usual where a NIC would wait for the next message of a rank: on long ways."""
+    if len({*nodes.island}) < 2:
+        return _MAX_BYTES
+    waited = nodes.cluster.alpha_s * max((nic.rate_gbps for nic in nodes.nics), default=0.0) * 1e9
+    return min(max(1 << math.ceil(math.log2(max(waited, 1.0))), _MAX_BYTES_BETWEEN), _MAX_BYTES)
 
 
 def _fill_s_per_byte(sinks: Sinks, nodes: Nodes) -> float:

@@ -70,7 +70,7 @@ def written(args: argparse.Namespace, write: Callable[[], None]) -> bool:
     """Whether ``write`` could; what stopped it is said on stderr. Who closed the pipe has seen enough of it."""
     try:
         write()
-        if sys.stdout is not None:
+        if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
     except ConfigError as e:
         print_error(e)

@@ -5,12 +5,13 @@ and bytes that have all holders inside and a needer outside must leave it, each 
 
 A plan here is one in which trainer ranks only send what they hold, engine ranks only pass on what they need themselves,
 and a rank uses the NICs that `wsync.plan.places` says it reaches. The cuts of nodes, of NVLink domains that span nodes
-and of links hold of every other plan too. Those of the NICs of some ranks and of the traffic between nodes do not: a
-GPU that copies what it does not need over PCIe to lend its NIC to another would beat them. So would one that lends its
-PCIe to a GPU of its own NVLink domain beat those of single ranks and those of PCIe. Weights in host memory are packed
-on the GPU of a rank that holds them, each piece brought there for itself, and engine ranks that keep in host memory
-what they receive have a copy each: a trainer that feeds two recipes from one pass over PCIe, or packs on the host, and
-ranks that share one copy in the memory of their node would beat the cuts of what is staged.
+and of links between all zones hold of every other plan too. Those of the NICs of some ranks, of the traffic between
+nodes and of links between some zones do not: a GPU that copies what it does not need over PCIe to lend its NIC to
+another would beat them. So would one that lends its PCIe to a GPU of its own NVLink domain beat those of single ranks
+and those of PCIe. Weights in host memory are packed on the GPU of a rank that holds them, each piece brought there for
+itself, and engine ranks that keep in host memory what they receive have a copy each: a trainer that feeds two recipes
+from one pass over PCIe, or packs on the host, and ranks that share one copy in the memory of their node would beat the
+cuts of what is staged.
 """
 
 from __future__ import annotations

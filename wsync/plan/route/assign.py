@@ -105,7 +105,8 @@ def _by_port(legs: Sequence[Leg], bundles: Sequence[Bundle], fans: Fans, bucket_
             run.loads = [Load(x, -1, legs[x].nbytes) for x in bundle.legs]
             out.append(run)
         else:
-            out += _cut_bundle(i, bundle, legs, queues[bundle.ports], fans.of[i].source, bucket_bytes, cut)
+            queue = _queue(fans.split[i]) if i in fans.split else queues[bundle.ports]
+            out += _cut_bundle(i, bundle, legs, queue, fans.of[i].source, bucket_bytes, cut)
     return out
 
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from wsync.plan.nodes import ATTOSECONDS, Nodes
 from wsync.plan.route.assign import Run
-from wsync.plan.route.relays import GRAIN, Fan, Fans
+from wsync.plan.route.relays import GRAIN, Fan, Fans, ZoneTree
 from wsync.plan.route.shapes import GOLDEN, best_width, find_parts, sampled, tree_of
 from wsync.plan.route.survey import Bundle, Family
+from wsync.plan.route.weave import woven_tree
 
 MIN_PART_BUCKETS = 2
 """Trees are not changed for less than this many buckets."""
@@ -52,6 +53,9 @@ class Plots:
     def cut(self, run: Run) -> list[Plot]:
         """The next bytes of a run's family."""
         family, fan = self.bundles[run.bundle_idx].family, self.fans.of[run.bundle_idx]
+        woven = self.fans.woven.get((run.bundle_idx, run.port))
+        if woven is not None:
+            return self._between(self._woven_parts(family, woven), 0, run.nbytes, run.nbytes)
         key = (family.number, fan)
         parts = self._parts.get(key)
         if parts is None:
@@ -80,17 +84,30 @@ class Plots:
             at += step
         return [Plot(hops, n) for hops, n in nbytes.items()]
 
+    def _woven_parts(self, family: Family, woven: Sequence[tuple[ZoneTree, int]]) -> list[tuple[float, Edges]]:
+        """Trees of zones, those in which islands take turns cut so that each is the last about equally often."""
+        total = sum(nbytes for _, nbytes in woven)
+        most = max(family.zones.count(zone) for zone in set(family.zones))
+        parts: list[tuple[float, Edges]] = []
+        at = 0
+        for tree, nbytes in woven:
+            count = max(1, min(most, nbytes // (MIN_PART_BUCKETS * self.bucket_bytes))) if tree.turn < 0 else 1
+            for i in range(count):
+                turn = i * most // count if tree.turn < 0 else tree.turn
+                edges = woven_tree(family, tree._replace(turn=turn))
+                parts.append(((at + nbytes * (i + 1) // count) / total, edges))
+            at += nbytes
+        return parts
+
     def _find_parts(self, family: Family, fan: Fan) -> list[tuple[float, Edges]]:
         count = len(family.islands)
         relays = [x / GRAIN for x in fan.relays] or [0.0] * count
         parts = find_parts(fan.source / GRAIN, relays, self._width(family, fan.source // GRAIN))
         limit = max(1, self._total[(family.number, fan)] // (MIN_PART_BUCKETS * self.bucket_bytes))
         parts = sampled(parts, limit, family.number * GOLDEN)
-        return [(part.end, tuple(tree_of(part, i, family.zones))) for i, part in enumerate(parts)]
+        return [(part.end, tuple(tree_of(part, i))) for i, part in enumerate(parts)]
 
     def _width(self, family: Family, source: int) -> int:
-        if len(set(family.zones)) > 1:
-            return 1
         lanes = [self.nodes.sinks[m[0]] for m in family.members]
         rate = min((self.nodes.nics[i].rate_gbps for lane in lanes for i in lane.reach), default=1.0)
         bucket_s = min(self.bucket_bytes, family.nbytes) / (rate * 1e9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wsync.plan.nodes import ATTOSECONDS, Nodes, byte_cost
 from wsync.plan.route.balance import balance
@@ -15,6 +16,19 @@ MAX_SHAPES = 64
 """Of so many bundles each has trees of its own; of more, those of one family share them."""
 GRAIN = 1 << 16
 """Numbers of copies are multiples of one part in so many, so that equal ones are found to be equal."""
+
+
+class ZoneTree(NamedTuple):
+    """How bytes go from zone to zone.
+
+    Attributes:
+        hops: (from, to) zones, those that bring bytes before those that take them on; -1 is the holder. Empty if the
+            holder sends every copy.
+        turn: which island of each zone is first; -1 if they take turns.
+    """
+
+    hops: tuple[tuple[int, int], ...]
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +54,13 @@ class Fans:
 
     Attributes:
         of: the fan of each bundle.
+        ingress: attoseconds until the last island has received all that it needs.
         target: attoseconds that the busiest port or link needs at least.
         worst: attoseconds that it will need if ports of a node are used evenly.
         load: bytes that each port passes on.
         speed: bytes per second of each port.
+        split: what each port sends of a bundle, where that is decided already.
+        woven: what a bundle's port sends along which trees of zones, likewise.
     """
 
     def __init__(self, bundles: Sequence[Bundle], nodes: Nodes, relay: bool) -> None:
@@ -53,8 +70,10 @@ class Fans:
         self.speed = [max(1, round(p.rate_gbps * 1e9)) for p in nodes.ports]
         self.of = [Fan(len(b.family.islands) * GRAIN) for b in bundles]
         self.load = [0] * len(self.speed)
+        self.split: dict[int, dict[int, int]] = {}
+        self.woven: dict[tuple[int, int], list[tuple[ZoneTree, int]]] = {}
         self._relay_ports = self._find_relay_ports()
-        ingress = self._ingress()
+        self.ingress = ingress = self._ingress()
         star, star_link = self._sent({})
         self.worst = max(self._worst(star), self._worst_link(star_link), ingress)
         self.target = self.worst
@@ -84,17 +103,14 @@ class Fans:
         link = [0] * (2 * len(self.nodes.cluster.links))
         if link:
             for i, parts in zip(self.remote, split, strict=True):
-                self._cross(self.bundles[i], parts, copies, link)
+                self._cross(self.bundles[i], parts, link)
         return load, link
 
-    def _cross(self, bundle: Bundle, parts: dict[int, int], copies: dict[int, int], link: list[int]) -> None:
+    def _cross(self, bundle: Bundle, parts: dict[int, int], link: list[int]) -> None:
         """Add what a bundle's holders send through links: each copy goes to a zone of the family."""
         family = bundle.family
-        zones = sorted(set(family.zones))
-        count = copies.get(family.number, len(family.islands))
-        for zone in zones:
-            # Fewer copies than zones: the others are passed on, each through the links of its zone all the same.
-            part = family.zones.count(zone) / len(family.islands) if count > len(zones) else 1 / count
+        for zone in sorted(set(family.zones)):
+            part = family.zones.count(zone) / len(family.islands)
             for port, nbytes in parts.items():
                 for i in self.crossed(port, zone):
                     link[i] += round(nbytes * part)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from wsync.plan.flows import DemandGroup, Flow, Route, Routing, Share
 from wsync.plan.nodes import Nodes
 from wsync.plan.route.assign import Run, assign, take
 from wsync.plan.route.plots import MIN_PART_BUCKETS
-from wsync.plan.route.relays import Fans
+from wsync.plan.route.relays import GAIN, Fans
 from wsync.plan.route.stripes import Stripes
 from wsync.plan.route.survey import Mode, Survey
 from wsync.plan.route.trees import TreeBook
+from wsync.plan.route.weave import Weave, least_of_zones
 from wsync.plan.timing import plan_times
 from wsync.plan.types import PlanOptions
 
 ENOUGH = 0.995
 """Bytes cross shared links otherwise than from the nearest holder only if that makes a plan this much faster."""
-
-
-TRIED = ((Mode.JOINED, 1.0), *((Mode.OPEN, i / 8) for i in range(1, 9)), (Mode.FREE, 1.0))
-"""How groups are served where shared links separate zones, if it is not only from the nearest holder."""
+WOVEN = (Mode.EACH, Mode.SIDES, Mode.APART, Mode.TOGETHER)
+"""How zones are served where shared links separate them, if it is not only from the nearest holder."""
 
 
 def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, options: PlanOptions) -> Routing:
@@ -38,9 +37,11 @@ def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, option
     Raises:
         ConfigError: no path leads from any holder of a group to one of its needers; both nodes are named.
     """
-    surveys = [_survey(Survey(nodes), groups, options)]
+    survey = Survey(nodes)
+    survey.add(groups)
+    surveys = [(survey, Fans(survey.bundles, nodes, options.relay))]
     if nodes.zones.count > 1:
-        surveys += [_survey(Survey(nodes, mode, part), groups, options) for mode, part in TRIED]
+        surveys += _woven(groups, surveys[0], options)
     best_s = min(fans.worst for _, fans in surveys) / ENOUGH
     good = [x for x in surveys if x[1].worst <= best_s]
     found = [_Router(nodes, survey, fans, bucket_bytes).routing(len(groups)) for survey, fans in good]
@@ -51,9 +52,19 @@ def route(groups: Sequence[DemandGroup], nodes: Nodes, bucket_bytes: int, option
     return next(r for r, s in zip(found, seconds, strict=True) if s * ENOUGH <= min(seconds))
 
 
-def _survey(survey: Survey, groups: Sequence[DemandGroup], options: PlanOptions) -> tuple[Survey, Fans]:
-    survey.add(groups)
-    return survey, Fans(survey.bundles, survey.nodes, options.relay)
+def _woven(
+    groups: Sequence[DemandGroup], nearest: tuple[Survey, Fans], options: PlanOptions
+) -> Iterator[tuple[Survey, Fans]]:
+    """Other ways to serve zones, until one is as fast as any could be."""
+    nodes, best, least = nearest[0].nodes, nearest[1].worst, least_of_zones(*nearest)
+    for mode in WOVEN:
+        if best <= least + least // GAIN:
+            return
+        survey = Survey(nodes, mode)
+        survey.add(groups)
+        fans = Weave(survey.bundles, nodes, options.relay, best, least)
+        best = min(best, fans.worst)
+        yield survey, fans
 
 
 def _seconds(routing: Routing, nodes: Nodes, bucket_bytes: int) -> float:
@@ -87,10 +98,11 @@ class _Router:
         for run in runs:
             trees = way_of.get(id(run))
             if trees is None:
-                trees = self._local(run)
+                for part in self._by_domain(run):
+                    self._hand_out(part, self._local(part), shares)
             else:
                 run.loads.sort(key=lambda x: (self.nodes.sources[x.rank].own, x.leg_idx))
-            self._hand_out(run, trees, shares)
+                self._hand_out(run, trees, shares)
         routes: list[list[Route]] = [[] for _ in range(num_groups)]
         for leg, mine in zip(self.legs, shares, strict=True):
             found = routes[leg.group_idx]
@@ -109,15 +121,27 @@ class _Router:
         for leg_idx, rank, nbytes in run.loads:
             shares[leg_idx] += [Share(rank, tree, n) for tree, n in take(queue, nbytes, self.bucket_bytes)]
 
+    def _by_domain(self, run: Run) -> Iterator[Run]:
+        """The loads of a run inside an island, by the NVLink domain that they come from."""
+        parts: dict[int, Run] = {}
+        for load in run.loads:
+            domain = self.nodes.sources[load.rank].domain
+            part = parts.setdefault(domain, Run(run.bundle_idx, run.port))
+            part.loads.append(load)
+            part.nbytes += load.nbytes
+        yield from parts.values()
+
     def _local(self, run: Run) -> list[tuple[int, int]]:
-        """Heads take turns; only what is worth it is cut."""
+        """Heads take turns, those of the senders' NVLink domain if there are any; only what is worth it is cut."""
         family = self.bundles[run.bundle_idx].family
         members = family.members[0]
-        count = max(1, min(len(members), run.nbytes // (MIN_PART_BUCKETS * self.bucket_bytes)))
+        home = self.nodes.sources[run.loads[0].rank].domain
+        heads = [s for s in members if self.nodes.sinks[s].domain == home] or members
+        count = max(1, min(len(heads), run.nbytes // (MIN_PART_BUCKETS * self.bucket_bytes)))
         ends = [run.nbytes * (i + 1) // count for i in range(count)]
         out = []
         for nbytes in (b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)):
-            head = min(members, key=lambda s: (self.carried[s], s))
+            head = min(heads, key=lambda s: (self.carried[s], s))
             self.carried[head] += nbytes * len(members)
             out.append((self.book.local(family, head), nbytes))
         return out

@@ -128,22 +128,17 @@ def best_width(num_islands: int, source: int, hop_s: float, bucket_s: float, eno
     return best
 
 
-def tree_of(part: Part, turn: int, zones: Sequence[int]) -> list[tuple[int, int]]:
+def tree_of(part: Part, turn: int) -> list[tuple[int, int]]:
     """The tree of one part as (from, to) positions of islands, -1 for the sender.
+
+    Those with most children come first, each at the shallowest place that is free.
 
     Args:
         part: with the degrees.
         turn: which island comes first among equals; in a single chain it is the one after the chain's last.
-        zones: of the islands, zones in one piece.
     """
     ends = [i for i, n in enumerate(part.islands) if not n]
-    if len(set(zones)) > 1 and len(ends) < len(zones):
-        return _through_zones(part, zones)
-    return _shallow(part, ends[0] + 1 if len(ends) == 1 else turn)
-
-
-def _shallow(part: Part, turn: int) -> list[tuple[int, int]]:
-    """Those with most children first, each at the shallowest place that is free."""
+    turn = ends[0] + 1 if len(ends) == 1 else turn
     count = len(part.islands)
     order = sorted(range(count), key=lambda i: (-part.islands[i], (i - turn) % count))
     slots = [-1] * part.source
@@ -151,26 +146,4 @@ def _shallow(part: Part, turn: int) -> list[tuple[int, int]]:
     for taken, island in enumerate(order):
         hops.append((slots[taken], island))
         slots += [island] * part.islands[island]
-    return hops
-
-
-def _through_zones(part: Part, zones: Sequence[int]) -> list[tuple[int, int]]:
-    """Chains that enter every zone once, and end at islands that pass nothing on where these are in other zones."""
-    members: dict[int, list[int]] = {}
-    for i, zone in enumerate(zones):
-        members.setdefault(zone, []).append(i)
-    for found in members.values():
-        found.sort(key=lambda i: (not part.islands[i], i))
-    last = [z for z, found in members.items() if not part.islands[found[-1]]]
-    tails = last[: part.source]
-    others = [z for z in members if z not in tails]
-    chains: list[list[int]] = [[] for _ in tails]
-    for i, zone in enumerate(others):
-        chains[i % len(chains)] += members[zone]
-    hops = []
-    for chain, tail in zip(chains, tails, strict=True):
-        before = -1
-        for island in chain + members[tail]:
-            hops.append((before, island))
-            before = island
     return hops

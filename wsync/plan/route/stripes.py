@@ -14,6 +14,7 @@ from wsync.plan.nodes import Nodes, byte_cost
 from wsync.plan.route.assign import Run
 from wsync.plan.route.plots import Edges, Plot, Plots
 from wsync.plan.route.relays import Fans
+from wsync.plan.route.steep import steep
 from wsync.plan.route.survey import Bundle, Family
 from wsync.plan.route.trees import TreeBook
 
@@ -34,18 +35,6 @@ class _Ways(NamedTuple):
 
     parts: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
-
-
-def steep(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Levels to the power of 31: what they cost more by, so that the highest counts most.
-
-    Products are the same bits on every machine; a library's power function is not.
-    """
-    out = power = levels
-    for _ in range(4):
-        power = power * power
-        out = out * power
-    return out
 
 
 @dataclass(eq=False, slots=True)

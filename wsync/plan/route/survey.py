@@ -14,25 +14,25 @@ from typing import NamedTuple
 
 from wsync.errors import ConfigError
 from wsync.plan.flows import DemandGroup
-from wsync.plan.nodes import Nodes
+from wsync.plan.nodes import Nodes, byte_cost
 
 ANY = -1
 """Holders of every zone."""
-REST = -1.0
-"""The part of a group's bytes that the leg before it leaves."""
 
 
 class Mode(Enum):
-    """What may cross shared links beside the first copy for a zone where no holder is.
+    """Who serves which zones.
 
-    ZONED: nothing. JOINED: sinks may pass bytes on to other zones, which spares the holders copies. OPEN: holders serve
-    zones that have holders of their own, which spares these. FREE: both.
+    NEAREST: holders in the zone where there are any, else all; each zone for itself. EACH: all holders; each zone for
+    itself. APART: all holders; zones without holders together, so that they can pass bytes on to each other. SIDES: all
+    holders; zones together that have their nearest holders in one zone. TOGETHER: all holders; all zones together.
     """
 
-    ZONED = 0
-    JOINED = 1
-    OPEN = 2
-    FREE = 3
+    NEAREST = 0
+    EACH = 1
+    APART = 2
+    SIDES = 3
+    TOGETHER = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -99,7 +99,7 @@ class _Holders:
     ranks: tuple[int, ...]
     islands: dict[int, Senders]
     zones: dict[int, Senders]
-    splits: dict[tuple[int, ...], list[tuple[Bundle, Senders, float]]] = field(default_factory=dict)
+    splits: dict[tuple[int, ...], list[tuple[Bundle, Senders]]] = field(default_factory=dict)
 
 
 class Survey:
@@ -107,18 +107,16 @@ class Survey:
 
     Args:
         nodes: of the job.
-        mode: what may cross shared links.
-        part: of what zones with holders of their own need, which `Mode.OPEN` lets all holders serve.
+        mode: who serves which zones.
 
     Attributes:
         legs: of all groups so far, in order of group.
         bundles: of the legs, in order of first use.
     """
 
-    def __init__(self, nodes: Nodes, mode: Mode = Mode.ZONED, part: float = 1.0) -> None:
+    def __init__(self, nodes: Nodes, mode: Mode = Mode.NEAREST) -> None:
         self.nodes = nodes
         self.mode = mode
-        self.part = part
         self.legs: list[Leg] = []
         self.bundles: list[Bundle] = []
         self._holders: dict[tuple[int, ...], _Holders] = {}
@@ -139,18 +137,11 @@ class Survey:
             split = holders.splits.get(group.sinks)
             if split is None:
                 split = holders.splits[group.sinks] = self._cut(holders, group.sinks)
-            rest = 0
-            for bundle, senders, part in split:
-                nbytes = group.nbytes
-                if part < 1.0:
-                    nbytes = rest if part < 0.0 else round(nbytes * part)
-                    rest = group.nbytes - nbytes
-                    if not nbytes:
-                        continue
-                bundle.family.nbytes += nbytes
-                bundle.nbytes += nbytes
+            for bundle, senders in split:
+                bundle.family.nbytes += group.nbytes
+                bundle.nbytes += group.nbytes
                 bundle.legs.append(len(legs))
-                legs.append(Leg(group_idx, bundle.family, senders, nbytes))
+                legs.append(Leg(group_idx, bundle.family, senders, group.nbytes))
 
     def _add_holders(self, ranks: tuple[int, ...]) -> _Holders:
         nodes = self.nodes
@@ -175,10 +166,10 @@ class Survey:
                 by_port.setdefault(port, []).append(rank)
         return Senders(tuple(ranks), {p: tuple(r) for p, r in sorted(by_port.items())})
 
-    def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Bundle, Senders, float]]:
-        """Where one set of sinks is served from; parts of one family follow each other."""
+    def _cut(self, holders: _Holders, sinks: tuple[int, ...]) -> list[tuple[Bundle, Senders]]:
+        """Where one set of sinks is served from."""
         nodes = self.nodes
-        if self.mode is Mode.ZONED:
+        if self.mode is Mode.NEAREST:
             found = self._apart.get(sinks)
             if found is None:
                 found = self._apart[sinks] = {nodes.island[nodes.sink_node[s]] for s in sinks}
@@ -192,7 +183,7 @@ class Survey:
                     self._check_reach(holders.ranks[0], sinks)
                     families = [(z, self._intern(tuple(m), False)) for z, m in sorted(by_zone.items())]
                     self._remote[sinks] = families
-                return [x for zone, family in families for x in self._to(holders, zone, family)]
+                return [self._to(holders, zone, family) for zone, family in families]
         local: dict[tuple[int, ...], list[int]] = {}
         remote: dict[int, list[int]] = {}
         for sink in sinks:
@@ -205,41 +196,34 @@ class Survey:
                 remote.setdefault(self._served(holders, zone), []).append(sink)
         out = []
         for ranks, members in sorted(local.items()):
-            out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks), 1.0))
+            out.append((self._bundle(self._intern(tuple(members), True), ()), Senders(ranks)))
         for zone, members in sorted(remote.items()):
             self._check_reach(holders.ranks[0], members)
-            out += self._to(holders, zone, self._intern(tuple(members), False))
+            out.append(self._to(holders, zone, self._intern(tuple(members), False)))
         return out
 
-    def _to(self, holders: _Holders, zone: int, family: Family) -> list[tuple[Bundle, Senders, float]]:
+    def _to(self, holders: _Holders, zone: int, family: Family) -> tuple[Bundle, Senders]:
         """Who serves a remote family."""
-        out = []
-        for senders, part in self._senders_of(holders, zone):
-            if not senders.by_port:
-                rank = holders.ranks[0]
-                raise self._no_path(rank, family.sinks[0], self.nodes.source_node[rank])
-            out.append((self._bundle(family, tuple(senders.by_port)), senders, part))
-        return out
+        senders = holders.zones[ANY]
+        if self.mode is Mode.NEAREST:
+            senders = holders.zones.get(zone, senders)
+        if not senders.by_port:
+            rank = holders.ranks[0]
+            raise self._no_path(rank, family.sinks[0], self.nodes.source_node[rank])
+        return self._bundle(family, tuple(senders.by_port)), senders
 
     def _served(self, holders: _Holders, zone: int) -> int:
-        """The zone with which one is served: itself, but where zones are joined another."""
-        if self.mode is Mode.FREE:
+        """Zones of equal number are served together."""
+        if self.mode is Mode.TOGETHER or (self.mode is Mode.APART and zone not in holders.zones):
             return ANY
-        if self.mode is Mode.JOINED:
-            own = [z for z in holders.zones if z != ANY]
-            if len(own) == 1:
-                return own[0]
-            return zone if zone in own else ANY
+        if self.mode is Mode.SIDES:
+            return min((z for z in holders.zones if z != ANY), key=lambda z: (self._way(z, zone), z), default=ANY)
         return zone
 
-    def _senders_of(self, holders: _Holders, zone: int) -> list[tuple[Senders, float]]:
-        """Who serves a zone, and which parts of it."""
-        own, every = holders.zones.get(zone), holders.zones[ANY]
-        if own is None or len(own.ranks) == len(every.ranks) or self.mode is Mode.FREE:
-            return [(own if own and self.mode is not Mode.FREE else every, 1.0)]
-        if self.mode is not Mode.OPEN:
-            return [(own, 1.0)]
-        return [(every, 1.0)] if self.part >= 1.0 else [(every, self.part), (own, REST)]
+    def _way(self, a: int, b: int) -> int:
+        """What a byte takes on the links from one zone to another, one after the other."""
+        links = self.nodes.cluster.links
+        return sum(byte_cost(links[i // 2].rate_gbps) for i in self.nodes.zones.crossed[a][b])
 
     def _nearest(self, ranks: tuple[int, ...], sink: int) -> tuple[int, ...]:
         """Of the holders on a sink's island those on its GPU; else in its NVLink domain; else on its node; else all."""

@@ -137,8 +137,12 @@ class TreeBook:
         return self._add(family, hops + fan, rails + [LOCAL] * len(fan))
 
     def inside(self, head: int, members: tuple[int, ...]) -> list[tuple[int, int]]:
-        """From the head to the others of its island: one rank of each other NVLink domain, then inside each."""
+        """From the head to the others of its island: one rank of each other NVLink domain, then inside each.
+
+        Heads of one domain go to different ranks of another one where it has several.
+        """
         sinks = self.nodes.sinks
+        turn = [s for s in members if sinks[s].domain == sinks[head].domain].index(head)
         domains: dict[tuple[int, int], list[int]] = {}
         home = sinks[head].domain
         for s in members:
@@ -152,8 +156,9 @@ class TreeBook:
             if domain == home and domain >= 0:
                 first += [(head, s) for s in others]
                 continue
-            first.append((head, others[0]))
-            second += [(others[0], s) for s in others[1:]]
+            entry = others[turn % len(others)]
+            first.append((head, entry))
+            second += [(entry, s) for s in others if s != entry]
         return first + second
 
     def _add(self, family: Family, hops: list[tuple[int, int]], rails: list[int]) -> int:
