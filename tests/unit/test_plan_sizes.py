@@ -303,6 +303,12 @@ def test_buckets_of_long_ways_are_large_enough_that_nics_do_not_wait_for_message
     assert far.time_s < 0.6 * make_plan(source, sink, Cluster(groups, alpha_s=1e-3), options).time_s
 
 
+def test_buckets_that_nothing_fills_are_not_waited_for():
+    source, sink = fsdp_source(MODEL, ["n-0"]), tp_sink(MODEL, [["n-0"]])
+    times = [make_plan(source, sink, Cluster((NODE,)), PlanOptions(n << 20)).time_s for n in (64, 1024)]
+    assert times[0] == times[1]
+
+
 def test_without_a_cluster_buckets_have_their_default_size():
     assert chosen(["n-0"] * 8, [["n-0"] * 2] * 4, cluster=False).bucket_bytes == DEFAULT_BUCKET_BYTES
 

@@ -109,8 +109,9 @@ def plan_times(
         parts.gather(host_bytes)
     if packed_bytes is not None:
         parts.pack(packed_bytes)
-    fill_s = max((_fill_s(trees[i], nodes, min(bucket_bytes, largest)) for i in sorted(by_tree)), default=0.0)
-    fill_s += parts.stage_s(bucket_bytes) + _host_stage_s(nodes, min(bucket_bytes, largest), sent, host_bytes)
+    filled = min(bucket_bytes, largest)
+    fill_s = max((_fill_s(trees[i], nodes, filled) for i in sorted(by_tree)), default=0.0)
+    fill_s += parts.stage_s(filled) + _host_stage_s(nodes, filled, sent, host_bytes)
     return Times(parts.loads(), fill_s, scan_s(nodes, scanned_bytes) + amax_s(nodes, amax_elements))
 
 
