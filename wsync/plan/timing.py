@@ -18,7 +18,7 @@ from wsync.plan.nodes import Nodes
 from wsync.plan.places import Lane, Place
 from wsync.plan.types import SOURCE
 
-__all__ = ["LinkLoad", "Times", "amax_s", "best_bucket_bytes", "plan_times", "scan_s"]
+__all__ = ["LinkLoad", "Times", "amax_s", "plan_times", "scan_s"]
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,6 @@ def _check_connected(nodes: Nodes, used: Sequence[int], cut_off: Collection[int]
             f"{nodes.groups[node].name!r} has 0 nics",
             hint="give the group a nic, or hold all parts of a scale block on one node",
         )
-
-
-def best_bucket_bytes(chain_bytes: int, num_hops: int, rate_gbps: float, alpha_s: float) -> int:
-    """Bucket size at which a chain is fastest: ``m = sqrt((h - 1) S / (alpha B))`` buckets."""
-    if num_hops < 2 or not alpha_s or not chain_bytes:
-        return max(1, chain_bytes)
-    count = math.sqrt((num_hops - 1) * chain_bytes / (alpha_s * rate_gbps * 1e9))
-    return max(1, math.ceil(chain_bytes / max(1.0, count)))
 
 
 def _fill_s(tree: Tree, nodes: Nodes, bucket_bytes: int) -> float:
