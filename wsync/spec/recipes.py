@@ -108,11 +108,6 @@ class Recipe(msgspec.Struct, frozen=True):
         """Rows and columns whose amax ranks exchange where an edge cuts them: those of the last level."""
         return self.levels[-1].block if self.levels else (1, 1)
 
-    @property
-    def scale_suffix(self) -> str:
-        """Suffix of the first level, or empty."""
-        return self.levels[0].suffix if self.levels else ""
-
     def level(self, role: str) -> ScaleLevel:
         """The tensor of scales with that role.
 

@@ -81,11 +81,6 @@ def _is_mesh(rows: dict[int, dict[int, int]], biggest: int, profile: Profile) ->
     return uneven or (total in MESH_TOTALS and len(rows) <= 4 and total != biggest)
 
 
-def infer_links(shape: Shape) -> int | None:
-    """Links of a GPU of a machine whose model is not known; None where the wiring does not tell."""
-    return shape.links if shape.joined in ("switch", "mesh", "bridge") else None
-
-
 def _mode(values: Iterable[int]) -> int:
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value), default=0)
