@@ -388,6 +388,17 @@ def test_a_stdout_that_cannot_be_written_hides_no_fault_and_makes_no_fault(input
     assert (found, "No space left" in said, "Traceback" in said) == (status, True, False)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_that_nothing_was_judged_is_unknown_whatever_becomes_of_its_line(tmp_path):
+    argv = ("plan", tmp_path / "none", "--bytes", "1e9"), ("check", "", "--nagios")
+    for words in argv:
+        with open("/dev/full", "w") as full:
+            found, said = run_into(full, *words)
+        assert (found, "Traceback" in said) == (3, False), said
+        found, said = run_into(subprocess.PIPE, *words, close=True)
+        assert (found, "Traceback" in said) == (3, False), said
+
+
 def test_a_mistake_in_an_output_is_unknown_and_no_warning(inputs, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError

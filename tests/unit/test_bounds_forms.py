@@ -192,6 +192,18 @@ def test_demand_of_two_zones_crosses_the_link_between_them_however_wide_the_way_
     assert found["link ac from a"] == 4.0
 
 
+def test_links_much_slower_than_others_are_counted_once():
+    sites = [cpu_group(f"g{i}", 1) for i in range(3)]
+    links = [
+        Link("wan", ("g0",), ("g1",), 0.0005),
+        Link("core", ("g0",), ("g2",), 1e6),
+        Link("core2", ("g1",), ("g2",), 1e6),
+    ]
+    groups = [group([0], [0, 1], MIB)]
+    found = bounds_of(groups, ["g0-0"], ["g1-0", "g2-0"], cluster_of(*sites, links=links))
+    assert found["link wan from g0 and link core from g0"] == pytest.approx(MIB / (1e6 + 0.0005) / 1e9)
+
+
 def test_ports_behind_which_few_needers_are_bind_before_the_node():
     a, b = gpu_group("a", 1, 8, 50.0), gpu_group("b", 1, 8, 50.0, nvlink_domain=0)
     found = bounds_of([group([0], [3], 10 * GB)], hosts(a), hosts(b), cluster_of(a, b))

@@ -170,6 +170,10 @@ def test_every_tree_of_zones_reaches_every_zone_once(num_zones):
         assert have == {-1, *range(num_zones)}
 
 
+def test_trees_of_many_zones_are_few():
+    assert [len(trees_of_zones(tuple(range(n)), lambda a, b: abs(a - b))) <= 4 * n for n in (16, 64)] == [True, True]
+
+
 def test_no_path_names_both_nodes():
     a, b, c = cpu_group("a", 1), gpu_group("b", 1, 2, num_nics=0), cpu_group("c", 1)
     cluster = cluster_of(a, b, c)

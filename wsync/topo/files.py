@@ -30,6 +30,8 @@ def read_regular(path: str | Path, max_bytes: int = -1) -> bytes:
             if stat.S_ISFIFO(mode) and str(path).startswith(_SHELL_PIPES):
                 return _read_pipe(path, file.fileno(), max_bytes)
             data = file.read(max_bytes) if regular else b""
+    except ConfigError:
+        raise
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise ConfigError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     if not regular:
@@ -41,7 +43,8 @@ def _read_pipe(path: str | Path, fd: int, max_bytes: int) -> bytes:
     data = bytearray()
     end = time.monotonic() + _PIPE_S
     while max_bytes < 0 or len(data) < max_bytes:
-        if not select.select([fd], [], [], max(end - time.monotonic(), 0.0))[0]:
+        left_s = end - time.monotonic()
+        if left_s < 0 or not select.select([fd], [], [], left_s)[0]:
             raise ConfigError(f"{path} was not written to its end within {_PIPE_S:g} s")
         chunk = os.read(fd, _CHUNK_BYTES)
         if not chunk:

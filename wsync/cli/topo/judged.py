@@ -75,11 +75,12 @@ def written(args: argparse.Namespace, write: Callable[[], None]) -> bool:
     except ConfigError as e:
         print_error(e)
     except OSError as e:
-        # Nor may Python complain at its end of what is left to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if e.filename is None and sys.stdout is not None:
+            # Nor may Python complain at its end of what is left to write.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             return True
-        print_error(ConfigError(f"stdout cannot be written: {e.strerror}"))
+        print_error(ConfigError(f"{e.filename or 'stdout'} cannot be written: {e.strerror}"))
     except Exception as e:
         if args.debug:
             raise

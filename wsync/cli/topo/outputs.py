@@ -134,7 +134,7 @@ def print_unjudged(error: WsyncError, args: argparse.Namespace, host: str | None
     """
     print_error(error)
     if args.nagios:
-        print(status_text("UNKNOWN", error.message))
+        written(args, lambda: print(status_text("UNKNOWN", error.message)))
     try:
         check_outputs(args)
     except ConfigError:

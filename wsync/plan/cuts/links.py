@@ -6,6 +6,7 @@ alone therefore has links of its own to cross, even if a way through another zon
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
@@ -124,7 +125,8 @@ def _cover(nodes: Nodes, inside: frozenset[int], among: frozenset[int]) -> list[
     cover: list[int] = []
     open_pairs = [set(p) for p in pairs]
     while open_pairs:
-        best = min(rate, key=lambda i: (rate[i] / max(sum(i in p for p in open_pairs), 1e-9), i))
+        counts = Counter(i for p in open_pairs for i in p)
+        best = min(counts, key=lambda i: (rate[i] / counts[i], i))
         cover.append(best)
         open_pairs = [p for p in open_pairs if best not in p]
     return sorted(cover)

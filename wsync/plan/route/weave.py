@@ -22,6 +22,8 @@ from wsync.plan.route.survey import Bundle, Family, Survey
 
 MAX_WHOLE = 3
 """Of so many zones all trees are looked at; of more stars, chains, and those with one or two hubs."""
+MAX_PAIRED = 8
+"""Of so many zones two hubs are tried: their number grows with the square, and each is as wide as all ports."""
 MAX_TURNS = 4
 """Of zones of so few islands each is tried as the first one of its zone; those of larger ones take turns."""
 MAX_SCHEMES = 256
@@ -275,9 +277,11 @@ def trees_of_zones(zones: tuple[int, ...], price: Callable[[int, int], float]) -
 
 
 def _hubs(zones: tuple[int, ...], price: Callable[[int, int], float]) -> Iterator[dict[int, int]]:
-    """One zone that serves the others, and two of which each serves those that are cheaper from there."""
+    """One zone that serves the others; of few zones also two of which each serves those that are cheaper from there."""
     for hub in zones:
         yield {z: -1 if z == hub else hub for z in zones}
+    if len(zones) > MAX_PAIRED:
+        return
     for hub, second in permutations(zones, 2):
         parents = {z: second if price(second, z) < price(hub, z) else hub for z in zones}
         yield {**parents, hub: -1, second: hub}
