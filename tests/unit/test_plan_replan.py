@@ -18,7 +18,7 @@ from wsync.plan.replan import GOOD_SCORE
 from wsync.plan.route import route
 from wsync.plan.route.patch import with_sinks
 from wsync.plan.types import SOURCE, PlanOptions
-from wsync.spec import Cluster, Nic, NicPath, NodeGroup, SinkManifest
+from wsync.spec import Cluster, Link, Nic, NicPath, NodeGroup, SinkManifest
 from wsync.spec.box import Box
 from wsync.spec.manifest import SinkRankManifest
 from wsync.spec.serde import decode, encode
@@ -208,6 +208,41 @@ def test_without_relays_the_trainer_feeds_those_who_join(patches):
     assert not num_relays(plan)
     heads = [sum(src == SOURCE for src, _ in t.hops) for t in plan.trees]
     assert heads == [3] * len(heads)
+
+
+def split_replica(name, weights_on, scales_on):
+    """A replica of two ranks: the second one takes the scales of the first one's weights, and not these."""
+    (rank,) = tp_sink(SMALL, [[weights_on]], "fp8_channel").ranks
+    (other,) = tp_sink(SMALL, [[scales_on]], "fp8_channel").ranks
+    scales = tuple(c for c in other.copies if c.role != "weight")
+    first = msgspec.structs.replace(rank, replica=name, world_size=2)
+    return first, msgspec.structs.replace(other, replica=name, rank=1, world_size=2, copies=scales)
+
+
+def two_sites():
+    """A trainer node and engine nodes on either side of a shared link."""
+    names = ("t0", "t1", *(f"{site}{i}" for site in "ab" for i in range(4)))
+    groups = tuple(NodeGroup(n, 1, 200.0, (n,), nics=(Nic(50.0),)) for n in names)
+    left, right = (
+        tuple(n for n in names if n[0] == site or n == trainer) for site, trainer in (("a", "t0"), ("b", "t1"))
+    )
+    return Cluster(groups, (Link("wan", left, right, 5.0),), alpha_s=0.0)
+
+
+@pytest.mark.parametrize("site", "ab")
+def test_scales_enter_a_node_once_whichever_ranks_of_its_site_are_twins_of_those_that_join(site, patches, monkeypatch):
+    monkeypatch.setattr(wsync.plan.replan, "GOOD_SCORE", 99.0)
+    source, machines, options = fsdp_source(SMALL, ["t0", "t1"], replicas=2), two_sites(), PlanOptions(65536)
+    planner = Planner(source, machines, options)
+    # The first replica's scales are needed on a node that needs no weights, the second one's beside its weights.
+    ranks = [*split_replica("apart", f"{site}0", f"{site}1"), *split_replica("together", f"{site}2", f"{site}2")]
+    other = "b" if site == "a" else "a"
+    ranks += split_replica("other", f"{other}0", f"{other}0")
+    planner.plan(SinkManifest(tuple(ranks)))
+    sink = SinkManifest((*ranks, *split_replica("new", f"{site}3", f"{site}3")))
+    plan = planner.plan(sink)
+    assert patches == [True]
+    run_plan(Scenario(source, sink, options), plan, cluster=machines)
 
 
 def test_replicas_beside_trainers_are_routed_anew_when_they_join():

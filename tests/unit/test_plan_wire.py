@@ -48,6 +48,29 @@ def test_a_truncated_plan_is_refused_wherever_it_ends():
         decode_plan(DATA + b"\0")
 
 
+@pytest.mark.parametrize(
+    ("data", "found", "why"),
+    [
+        (b"", "0 bytes", "truncated"),
+        (b'{"groups": [], "links": []}', '27 bytes that begin with b\'{"groups": [], "\'', "Expected `object`"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "108 bytes that begin with b'\\x89PNG", "Expected `str`"),
+        (b"\xff\xfe" * 4, "8 bytes that begin with b'\\xff\\xfe", "Expected `object`, got `int`"),
+        (b"\x91" * 5000, "5000 bytes that begin with b'\\x91", "Expected `object`, got `array`"),
+        (b"\x81\xa1a" * 5000, "15000 bytes that begin with b'\\x81\\xa1a", "recursion"),
+        (msgspec.msgpack.encode({"a": 1}), "4 bytes that begin with b'\\x81\\xa1a\\x01'", "`format_version`"),
+        (DATA[:-1], f"{len(DATA) - 1} bytes that begin with", "truncated"),
+    ],
+)
+def test_what_is_no_plan_is_called_that_and_says_what_it_begins_with(data, found, why):
+    with pytest.raises(WireError) as refused:
+        decode_plan(data)
+    assert refused.value.message.startswith(found)
+    assert "no plan of wsync" in refused.value.message
+    assert why in refused.value.message
+    assert "_Version" not in str(refused.value)
+    assert "wsync plan -o" in refused.value.hint
+
+
 def test_a_newer_plan_is_named_as_such_even_if_it_has_new_fields():
     with pytest.raises(FormatVersionError, match=str(FORMAT_VERSION + 1)):
         decode_plan(changed(format_version=FORMAT_VERSION + 1, news=1))

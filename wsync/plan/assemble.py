@@ -82,8 +82,7 @@ class Parcels:
             same = unit.needers == cls.blocks.units[unit.follows].needers
             nbytes = cls.wire_bytes(unit)
             parcels = self._followed[(class_idx, unit.follows)]
-            routes = [route for route, _ in parcels]
-            sinks_of = {} if same else _by_route(routes, sinks.of(cls.needers(unit)), nodes)
+            sinks_of = {} if same else _by_route(parcels, sinks.of(cls.needers(unit)), nodes)
             for route, parcel in parcels:
                 wanted = route.sinks if same else sinks_of[route.sinks]
                 if wanted == route.sinks:
@@ -146,17 +145,35 @@ def _cut_ranges(ranges: list[_Range], wanted: list[int]) -> Iterator[tuple[int, 
             first = ranges[idx].first if idx < len(ranges) else 0
 
 
-def _by_route(routes: list[Route], sinks: tuple[int, ...], nodes: Nodes) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Which of ``sinks`` each route serves, by the route's own sinks: all on the islands that it serves.
+def _by_route(
+    followed: list[tuple[Route, Parcel]], sinks: tuple[int, ...], nodes: Nodes
+) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Which of ``sinks`` each route serves, by the route's own sinks.
 
-    What is on none of them goes to the first route.
+    All on an island that a route serves are that route's. The others are with the rest of their zone, on the route that
+    enters it: a rank that joins gets what any rank of its zone gets, and an island is entered twice if two ranks of it
+    have twins on two routes. In a zone that none enters they are with those that a trainer rank serves there, else on
+    the first route.
     """
-    island = [nodes.island[node] for node in nodes.sink_node]
-    home = {island[s]: route.sinks for route in reversed(routes) for s in reversed(route.sinks)}
-    found: dict[tuple[int, ...], list[int]] = {route.sinks: [] for route in routes}
+    senders: dict[tuple[int, ...], int] = {}
+    for route, parcel in followed:
+        senders.setdefault(route.sinks, parcel.src_rank)
+    by_island: dict[int, tuple[int, ...]] = {}
+    entering: dict[int, tuple[int, ...]] = {}
+    within: dict[int, tuple[int, ...]] = {}
+    for served, rank in senders.items():
+        start = nodes.island[nodes.source_node[rank]]
+        for node in (nodes.sink_node[s] for s in served):
+            island, zone = nodes.island[node], nodes.zone[node]
+            by_island.setdefault(island, served)
+            (within if island == start else entering).setdefault(zone, served)
+    by_zone = {**within, **entering}
+    found: dict[tuple[int, ...], list[int]] = {served: [] for served in senders}
     for s in sinks:
-        found[home.get(island[s], routes[0].sinks)].append(s)
-    return {key: tuple(members) for key, members in found.items()}
+        node = nodes.sink_node[s]
+        nearest = by_zone.get(nodes.zone[node], followed[0][0].sinks)
+        found[by_island.get(nodes.island[node], nearest)].append(s)
+    return {served: tuple(members) for served, members in found.items()}
 
 
 def _rest_group(rank: int, sinks: tuple[int, ...], ranges: list[_Range]) -> DemandGroup:

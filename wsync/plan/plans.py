@@ -6,7 +6,7 @@ from functools import cached_property
 
 import msgspec
 
-from wsync.errors import ConfigError
+from wsync.errors import ConfigError, WireError
 from wsync.plan.checks import (
     MAX_BYTES,
     MAX_RANKS,
@@ -227,6 +227,10 @@ def plan_digest(plan: Plan) -> str:
     return digest_of(plan)
 
 
+_SHOWN_BYTES = 16
+"""Of what is no plan, in messages: enough to know most kinds of files by."""
+
+
 class _Version(msgspec.Struct):
     format_version: int
 
@@ -245,10 +249,21 @@ def decode_plan(data: bytes) -> Plan:
             to what it does not contain.
     """
     # The version goes first: a newer plan's unknown fields should read as "newer", not as a typing error.
-    check_format(decode(data, _Version).format_version, "the plan")
+    check_format(_version_of(data), "the plan")
     plan = decode(data, Plan)
     _check_references(plan)
     return plan
+
+
+def _version_of(data: bytes) -> int:
+    try:
+        return msgspec.msgpack.decode(data, type=_Version).format_version
+    except (ValueError, RecursionError) as e:
+        begin = f"{len(data)} bytes that begin with {data[:_SHOWN_BYTES]!r}" if data else "0 bytes"
+        raise WireError(
+            f"{begin} are no plan of wsync, or not the whole of one: read as MessagePack, {e}",
+            hint="`wsync plan -o` writes a plan",
+        ) from e
 
 
 def _check_references(plan: Plan) -> None:
