@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 WHEEL_VENV = .venv-wheel
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 SHARED = -n $(WORKERS) --dist loadfile
-COMPUTING = tests/unit tests/sim tests/kernels tests/golden tests/cuda tests/emulator
+COMPUTING = tests/unit tests/sim tests/topo tests/kernels tests/golden tests/cuda tests/emulator
 SOURCES = wsync bench tests examples setup.py
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
@@ -61,7 +61,7 @@ test-wheel: dist
 	cp $(WHEEL_VENV)/dependencies.txt $$($(WHEEL_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/dependencies.pth
 	$(WHEEL_VENV)/bin/pip install --quiet --no-deps --no-index dist/*.whl
 	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider $(SHARED) \
-	  -m "not deep and not gpu and not multiproc" $(filter-out tests/emulator,$(COMPUTING)) $(PYTEST_ARGS)
+	  -m "not deep and not gpu and not multiproc" $(filter-out tests/topo tests/emulator,$(COMPUTING)) $(PYTEST_ARGS)
 	WSYNC_EXPECT_INSTALLED=1 OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -P -m pytest -p no:cacheprovider \
 	  -m "not deep and not gpu and not multiproc" tests/contract tests/multirank tests/cli $(PYTEST_ARGS)
 
