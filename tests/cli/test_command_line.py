@@ -260,32 +260,23 @@ def test_a_key_file_in_a_missing_folder_is_a_named_error(tmp_path):
     assert "cannot be written" in done.stderr
 
 
+def run_into(stdout, argv):
+    """Exit status and what stderr got."""
+    command = [sys.executable, "-m", "wsync.cli.main", *argv]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    return done.returncode, done.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
 @pytest.mark.parametrize("argv", [["simulate", "--list"], ["simulate", "--list", "--json"], ["describe", "--list"]])
 def test_data_that_cannot_be_written_are_a_named_error(argv):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "wsync.cli.main", *argv],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert (done.returncode, done.stderr) == (2, "error: stdout cannot be written: No space left on device\n")
+        assert run_into(full, argv) == (2, "error: stdout cannot be written: No space left on device\n")
 
 
 @pytest.mark.parametrize("argv", [["simulate", "--list"], ["simulate", "--list", "--json"]])
 def test_a_reader_that_has_gone_is_no_error(argv):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "wsync.cli.main", *argv],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    assert run_into(writer, argv) == (0, "")
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")

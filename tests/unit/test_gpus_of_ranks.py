@@ -6,7 +6,7 @@ import torch
 import wsync.api.sink
 from wsync import Sink, new_key_file
 from wsync.adapters.gpus import on_its_gpu
-from wsync.adapters.trainers import describe
+from wsync.adapters.trainers import describe, description
 from wsync.spec.manifest import DEVICE, HOST, RankInfo
 
 INFO = RankInfo("h", 7)
@@ -91,6 +91,12 @@ def test_a_trainer_rank_beside_a_gpu_is_offloaded_where_its_tensors_are_on_the_c
     cuda(2)
     assert info_of(weights) == RankInfo("h", 7, gpu=2, memory=HOST)
     assert info_of({"w": torch.ones(0, 4)}) == RankInfo("h", 7, gpu=2)
+
+
+def test_a_few_bytes_on_the_cpu_are_no_weights_in_host_memory():
+    weights, steps = torch.ones(4, 4, device="meta"), torch.ones(2)
+    assert not description._is_in_host([weights, steps])
+    assert description._is_in_host([weights, steps, torch.ones(8, 8)])
 
 
 def test_an_engine_rank_beside_a_gpu_keeps_what_it_receives_in_host_memory(cuda, tmp_path, monkeypatch):

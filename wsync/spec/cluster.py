@@ -14,6 +14,7 @@ import msgspec
 
 from wsync.errors import ConfigError
 from wsync.spec.files import read_file, write_file
+from wsync.spec.json_text import encode_json
 from wsync.spec.serde import FORMAT_VERSION, check_format
 
 MAX_RATE_GBPS = 1e6
@@ -293,7 +294,7 @@ def decode_cluster(data: bytes, name: str = "cluster file") -> Cluster:
 def encode_cluster(cluster: Cluster) -> bytes:
     """The cluster as indented JSON, checked as when it is read."""
     check_cluster(cluster)
-    return msgspec.json.format(msgspec.json.encode(cluster), indent=2) + b"\n"
+    return encode_json(cluster)
 
 
 def load_cluster(path: str | Path) -> Cluster:

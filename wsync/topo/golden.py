@@ -14,6 +14,7 @@ import msgspec
 
 from wsync.errors import ConfigError, DigestError, FormatVersionError
 from wsync.spec.files import write_file
+from wsync.spec.json_text import encode_json
 from wsync.topo.files import read_regular
 from wsync.topo.findings import Finding, Severity, Subject, Verdict, guide_link, worst
 from wsync.topo.golden_facts import SERIOUS, Difference, Facts, differences, facts_of, fingerprint
@@ -78,7 +79,7 @@ def make_golden(machines: Sequence[Machine]) -> Golden:
 
 def encode_golden(golden: Golden) -> bytes:
     """Indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(golden), indent=2) + b"\n"
+    return encode_json(golden)
 
 
 def decode_golden(data: bytes, name: str) -> Golden:

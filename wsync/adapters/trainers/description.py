@@ -131,8 +131,7 @@ def describe(
         )
         memory.append([] if is_alias else held_memory(entry.name, entry.tensor))
     shards: tuple[tuple[Box, ...], ...] = tuple(tuple(m.box for m in held) for held in memory)
-    in_host = any(t.numel() and t.device.type == "cpu" for t in (local_of(e.tensor) for e in entries))
-    info = on_its_gpu(info, in_host=in_host)
+    info = on_its_gpu(info, in_host=_is_in_host([local_of(e.tensor) for e in entries]))
     return SourceDescription(
         manifest=SourceRankManifest(rank, world_size, info, with_recipes(tuple(specs), recipe), shards),
         memory=memory,
@@ -177,3 +176,9 @@ def _memory_key(tensor: torch.Tensor) -> object:
     placements = tuple(tensor.placements) if is_dtensor(tensor) else None  # type: ignore[attr-defined]
     shapes = (tuple(tensor.shape), tuple(local.shape), tuple(local.stride()))
     return (where, local.storage_offset(), shapes, local.dtype, placements)
+
+
+def _is_in_host(tensors: list[torch.Tensor]) -> bool:
+    """Whether most bytes are: a step counter or a table of frequencies on the CPU says nothing of the weights."""
+    nbytes = [t.nbytes if t.device.type == "cpu" else -t.nbytes for t in tensors]
+    return sum(nbytes) > 0

@@ -124,6 +124,9 @@ class Weave(Fans):
                 ports[port] = ports.get(port, 0) + nbytes
                 self.woven.setdefault((i, port), []).append((tree, nbytes))
             self.split[i] = ports
+        # Routers keep the fans of every mode, and these are as wide as all ports.
+        self._known.clear()
+        self._known_copies.clear()
 
     def _pieces(self, bundle: Bundle) -> Iterator[int]:
         whole = sum(self.bundles[i].nbytes for i in self.remote)
