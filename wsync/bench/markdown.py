@@ -3,14 +3,15 @@
 A document has ``<!-- table: e2e -->`` and ``<!-- end: e2e -->`` for records of ``wsync bench e2e``; what stands between
 them is replaced. ``vllm`` is for those of ``wsync bench vllm``, ``delta`` for those of ``make record-delta``,
 ``kernels`` for those of ``make record-kernels``, ``planning`` for those of ``python -m wsync.bench.planning``,
-``shootout`` for those of ``make record-shootout`` and ``topo`` for those of ``python bench/record_topo.py``. A test
-compares.
+``shootout`` for those of ``make record-shootout``, ``topo`` for those of ``python bench/record_topo.py`` and
+``simulator`` for those of ``pytest bench/test_simulator.py --benchmark-json``. A test compares.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,14 +23,25 @@ from wsync.bench.options import WSYNC
 from wsync.bench.planning_result import PlanningResult, planning_table_of
 from wsync.bench.result import Result, RowResult
 from wsync.bench.shootout_result import ShootoutResult, shootout_table_of
+from wsync.bench.simulator_result import SimulatorResult, simulator_table_of
 from wsync.bench.topo_result import TopoResult, topo_table_of
 from wsync.bench.vllm_result import VLLMResult, VLLMRow
 from wsync.errors import ConfigError, FormatVersionError
 
 _E2E, _VLLM, _DELTA, _KERNELS, _PLANNING = "e2e", "vllm", "delta", "kernels", "planning"
-_SHOOTOUT, _TOPO = "shootout", "topo"
+_SHOOTOUT, _TOPO, _SIMULATOR = "shootout", "topo", "simulator"
 
-_R = TypeVar("_R", Result, VLLMResult, DeltaResult, KernelResult, PlanningResult, ShootoutResult, TopoResult)
+_R = TypeVar(
+    "_R",
+    Result,
+    VLLMResult,
+    DeltaResult,
+    KernelResult,
+    PlanningResult,
+    ShootoutResult,
+    TopoResult,
+    SimulatorResult,
+)
 
 
 def load_record(path: Path) -> Result:
@@ -70,6 +82,11 @@ def load_planning_record(path: Path) -> PlanningResult:
 def load_topo_record(path: Path) -> TopoResult:
     """A record that ``python bench/record_topo.py`` wrote; raises as `load_record`."""
     return _load(path, TopoResult)
+
+
+def load_simulator_record(path: Path) -> SimulatorResult:
+    """A record that ``pytest bench/test_simulator.py --benchmark-json`` wrote; raises as `load_record`."""
+    return _load(path, SimulatorResult)
 
 
 def _load(path: Path, kind: type[_R]) -> _R:
@@ -183,34 +200,23 @@ def table_in(record: Path) -> tuple[str, str]:
         ConfigError: the record cannot be read.
         FormatVersionError: it is of no format that this wsync reads.
     """
-    try:
-        return _E2E, table_of(load_record(record))
-    except FormatVersionError as e:
-        first = e
-    try:
-        return _VLLM, vllm_table_of(load_vllm_record(record))
-    except FormatVersionError:
-        pass
-    try:
-        return _DELTA, delta_table_of(load_delta_record(record))
-    except FormatVersionError:
-        pass
-    try:
-        return _KERNELS, kernel_table_of(load_kernel_record(record))
-    except FormatVersionError:
-        pass
-    try:
-        return _TOPO, topo_table_of(load_topo_record(record))
-    except FormatVersionError:
-        pass
-    try:
-        return _PLANNING, planning_table_of(load_planning_record(record))
-    except FormatVersionError:
-        pass
-    try:
-        return _SHOOTOUT, shootout_table_of(load_shootout_record(record))
-    except FormatVersionError:
-        raise first from None
+    makers: tuple[tuple[str, Callable[[], str]], ...] = (
+        (_E2E, lambda: table_of(load_record(record))),
+        (_VLLM, lambda: vllm_table_of(load_vllm_record(record))),
+        (_DELTA, lambda: delta_table_of(load_delta_record(record))),
+        (_KERNELS, lambda: kernel_table_of(load_kernel_record(record))),
+        (_TOPO, lambda: topo_table_of(load_topo_record(record))),
+        (_PLANNING, lambda: planning_table_of(load_planning_record(record))),
+        (_SHOOTOUT, lambda: shootout_table_of(load_shootout_record(record))),
+        (_SIMULATOR, lambda: simulator_table_of(load_simulator_record(record))),
+    )
+    errors = []
+    for name, make in makers:
+        try:
+            return name, make()
+        except FormatVersionError as e:
+            errors.append(e)
+    raise errors[0]
 
 
 if __name__ == "__main__":
