@@ -10,6 +10,7 @@ from wsync.plan.flows import Entry, Flow
 from wsync.plan.packing import BucketCounter
 from wsync.plan.parts import PlanClass, PlanUnit
 from wsync.spec.dtypes import itemsize
+from wsync.spec.recipes import get_recipe
 
 
 class FlowSize(NamedTuple):
@@ -61,3 +62,19 @@ class FlowSizes:
 def weight_bytes(unit: Unit | PlanUnit, packed_bytes: int) -> int:
     """Of what packing a unit reads and writes, the weights that it reads. Scales are read from the rank's table."""
     return 0 if unit.part else packed_bytes - unit.nbytes
+
+
+def scanned_bytes(classes: Sequence[PlanClass], dtypes: Iterable[str], num_sources: int) -> list[int]:
+    """For each trainer rank the weights whose amaxes it finds before they are packed.
+
+    Args:
+        classes: of the plan.
+        dtypes: of the weights of each class, as the trainer holds them.
+        num_sources: trainer ranks.
+    """
+    found = [0] * num_sources
+    for cls, dtype in zip(classes, dtypes, strict=True):
+        elem_bytes = itemsize(dtype) * get_recipe(cls.recipe).packed
+        for rank, _, box in cls.amax:
+            found[rank] += box.num_elements * elem_bytes * len(cls.members)
+    return found

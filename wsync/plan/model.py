@@ -9,7 +9,7 @@ from wsync.plan.blocks import Unit
 from wsync.plan.classes import Classes, ClassKey, TensorClass, plan_classes
 from wsync.plan.delta_size import Densities
 from wsync.plan.demand import Boxes, Demand, Encodings, collect_demands
-from wsync.plan.flow_sizes import FlowSizes, weight_bytes
+from wsync.plan.flow_sizes import FlowSizes, scanned_bytes, weight_bytes
 from wsync.plan.flows import DemandGroup, Lot
 from wsync.plan.groups import OpenGroups, find_groups
 from wsync.plan.holdings import Holdings
@@ -80,12 +80,7 @@ class Model:
 
     def scanned_bytes(self, num_sources: int) -> list[int]:
         """For each trainer rank the weights whose amaxes it finds before they are packed."""
-        found = [0] * num_sources
-        for cls, made in zip(self.classes, self.plan_classes, strict=True):
-            elem_bytes = itemsize(cls.members[0].encoding.dtype) * cls.members[0].encoding.recipe.packed
-            for rank, _, box in made.amax:
-                found[rank] += box.num_elements * elem_bytes * len(made.members)
-        return found
+        return scanned_bytes(self.plan_classes, (c.members[0].encoding.dtype for c in self.classes), num_sources)
 
 
 class Models:

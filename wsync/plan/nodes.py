@@ -97,13 +97,17 @@ class Nodes:
         return reach[rail % len(reach)]
 
 
-def check_place(what: str, info: RankInfo, cluster: Cluster) -> None:
+def check_place(what: str, info: RankInfo, group: NodeGroup | None) -> None:
     """Refuse one rank by itself that names a GPU which its node does not have.
+
+    Args:
+        what: the rank is, for the message.
+        info: of the rank.
+        group: of its node; None for a node that the cluster does not have.
 
     Raises:
         ConfigError: names it and the GPUs of the node.
     """
-    group = next((g for g in cluster.groups if info.host in g.node_names), None)
     if group is not None and group.num_gpus and info.gpu is not None:
         check_gpu(what, info.gpu, group)
 

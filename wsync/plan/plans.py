@@ -215,6 +215,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
 RING_BUCKETS = 8
 """Buckets of a ring that is written in place: two of each stage of a pipeline of receiving, relaying, unpacking."""
+_SHOWN_BYTES = 16
+"""Of what is no plan, in messages: enough to know most kinds of files by."""
 
 
 def _check_index(what: str, index: int, count: int) -> None:
@@ -225,10 +227,6 @@ def _check_index(what: str, index: int, count: int) -> None:
 def plan_digest(plan: Plan) -> str:
     """Hex digest of the whole plan; equal plans have equal digests on every machine."""
     return digest_of(plan)
-
-
-_SHOWN_BYTES = 16
-"""Of what is no plan, in messages: enough to know most kinds of files by."""
 
 
 class _Version(msgspec.Struct):

@@ -68,6 +68,7 @@ class Planner:
         if cluster is not None:
             check_cluster(cluster)
         self._cluster = cluster
+        self._group_of = {name: group for group in (cluster.groups if cluster else ()) for name in group.node_names}
         self._holdings: Holdings = check_source(source)
         self._names = tuple(t.name for t in source.tensors)
         self._ranks = RankClasses()
@@ -229,8 +230,7 @@ class Planner:
             WsyncError: as `make_plan` for this rank alone, without a cluster.
             ConfigError: it names a GPU that its node of the cluster does not have.
         """
-        if self._cluster is not None:
-            check_place(f"rank {rank.rank} of replica {rank.replica!r}", rank.info, self._cluster)
+        check_place(f"rank {rank.rank} of replica {rank.replica!r}", rank.info, self._group_of.get(rank.info.host))
         if live is not None:
             self._awaited = mask_of({n for n in map(self._ranks.find, live) if n is not None})
             self._keep(self._awaited)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from wsync.errors import PlanMismatchError
+from wsync.plan.flow_sizes import scanned_bytes
 from wsync.plan.flows import Flow, Tree
 from wsync.plan.plans import Plan, PlanClass
 from wsync.plan.timing import amax_s, scan_s
@@ -82,12 +83,8 @@ def amax_seconds(plan: Plan, source: SourceManifest, fabric: Fabric) -> float:
     Each reads its part of those blocks, then they reduce the vector.
     """
     nodes = fabric.nodes
-    read = [0.0] * len(nodes.sources)
-    for cls in plan.classes:
-        elem_bytes = itemsize(source.tensors[cls.members[0]].dtype) * get_recipe(cls.recipe).packed
-        for rank, _, box in cls.amax:
-            read[rank] += math.prod(box.shape) * elem_bytes * len(cls.members)
-    scanned_s = scan_s(nodes, [round(x) for x in read])
+    read = scanned_bytes(plan.classes, (source.tensors[c.members[0]].dtype for c in plan.classes), len(nodes.sources))
+    scanned_s = scan_s(nodes, read)
     for lane, nbytes in zip(nodes.sources, read, strict=True):
         group = nodes.groups[lane.node]
         rate = 2 * group.host_gbps if lane.gpu < 0 else group.hbm_gbps or group.host_gbps
