@@ -7,12 +7,15 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
 from wsync import __version__
+from wsync.cli.describe_hosts import parse_gpus
 from wsync.cli.main import main
 from wsync.describe import describe_sink, describe_source, load_model, load_sink, load_source
+from wsync.errors import ConfigError
 
 TINY = {
     "model_type": "qwen3_moe",
@@ -387,3 +390,14 @@ def test_a_built_in_model_needs_no_torch():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_long_list_of_the_same_gpus_is_refused_before_it_is_spelt_out():
+    text = ",".join(["0-4095"] * 2000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="lists GPU 0 twice"):
+            parse_gpus(text, "a file")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

@@ -126,16 +126,16 @@ def parse_gpus(text: str, what: str) -> tuple[int, ...]:
     """
     if not _GPUS.fullmatch(text):
         raise ConfigError(f"{what}: {text!r} is no list of GPUs, such as 4-7 or 0,2,5-6")
-    found: list[int] = []
+    found: dict[int, None] = {}  # in order; what is refused at once never grows
     for part in text.split(","):
         first, _, last = part.partition("-")
         low, high = int(first), int(last or first)
         if not low <= high <= MAX_GPU:
             raise ConfigError(f"{what}: {part} is no range of GPUs, allowed are indices from 0 to {MAX_GPU}, ascending")
-        found += range(low, high + 1)
-    twice = next((gpu for i, gpu in enumerate(found) if gpu in found[:i]), None)
-    if twice is not None:
-        raise ConfigError(f"{what} lists GPU {twice} twice")
+        for gpu in range(low, high + 1):
+            if gpu in found:
+                raise ConfigError(f"{what} lists GPU {gpu} twice")
+            found[gpu] = None
     return tuple(found)
 
 
